@@ -1,0 +1,448 @@
+"""A video as rounds: the frames shown at exact sample times, decoded once, in order, within bounded memory.
+
+Times are seconds from the video's first frame and are kept as fractions until they are handed out, so that 8 frames a second from a
+29.97 Hz file never drift. libav's own log is off by default in PyAV and stays off: what goes wrong is raised here, in one line.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+from svlm_jax.data.resize import FACTOR, MAX_ASPECT, MAX_PIXELS, MIN_PIXELS, resize, resized_size
+from svlm_jax.errors import UserError
+
+Item = TypeVar("Item")
+
+MAX_SIDE = 16_384  # pixels; beyond it a header is more likely broken than true (H.264 and HEVC stop near 8,192 and 16,384)
+SEEK_BACK = (0, 10, 60)  # seconds before the start to try when a seek lands too late (MPEG-TS has no index of its keyframes)
+NETWORK_TIMEOUT = (10.0, 30.0)  # seconds to open a URL, and to wait for its next bytes
+BROKEN_READS = 64  # unreadable stretches in a row after which the file counts as ended
+NOT_VIDEO = ("tty", "bin", "xbin", "adf", "idf")  # text files, which libav would draw as a terminal
+STATES_DURATION = ("mov", "matroska", "avi", "asf", "flv")  # formats whose header states a duration; in others libav guesses from what is there
+
+
+class TruncatedVideo(UserError):
+    """The video ended before its container said it would. What was readable has been yielded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a video says about itself. Height and width are of the upright picture, in pixels."""
+
+    source: str
+    height: int
+    width: int
+    duration: float | None  # seconds; None where the container does not say
+    frame_rate: float | None  # frames a second on average; None where unknown
+    codec: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Round:
+    """One interval of video: frames[i] is what is shown at start + i / fps."""
+
+    index: int  # counts from 0 at the requested start
+    start: float  # seconds from the video's first frame
+    end: float  # start + chunk_seconds, even where the video ends sooner
+    frames: UInt8[np.ndarray, "F h w 3"]
+    read_seconds: float = 0.0  # wall time that decoding and resizing took
+    broken: int = 0  # unreadable packets and frames skipped on the way to this round
+
+
+class _Shown(NamedTuple):
+    """A decoded frame and the interval it is shown for, in seconds from the first frame."""
+
+    start: Fraction
+    end: Fraction
+    picture: av.VideoFrame
+
+
+class VideoReader:
+    """One pass over the frames of a video in the order they are shown. `broken` counts what had to be skipped so far.
+
+    Raises UserError on construction where there is nothing to read: a missing or unreadable file, no video stream, no decodable frame, or
+    frames of an impossible size.
+    """
+
+    def __init__(self, source: str | os.PathLike):
+        self.source = os.fspath(source)
+        self.broken = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._container = _open_container(self.source)
+        self._origin: Fraction | None = None  # the first frame's time on the stream's own clock
+        self._last: _Shown | None = None
+        self._read_to = Fraction(-1)  # where the packets read so far end, whatever their stream, on the container's clock
+        self._failure = ""
+        try:
+            self._stream = _video_stream(self._container, self.source)
+            self._decoding = self._decode()
+            self._first = next(self._decoding, None)
+            if self._first is None:
+                raise UserError(f"{self.source}: no frame of it can be decoded, the file is damaged: fetch or record it again")
+            self.info = self._describe()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._decoding.close()
+        self._container.close()
+
+    @property
+    def tolerance(self) -> Fraction:
+        """Half a tick of the stream's clock, at most half a millisecond: a time that the container rounded up still counts as reached."""
+        return min(self._stream.time_base / 2, Fraction(1, 2000))
+
+    @property
+    def end(self) -> Fraction:
+        """Where the last frame decoded so far ends, in seconds from the first frame."""
+        return self._last.end
+
+    def frames(self, start: Fraction) -> Iterator[_Shown]:
+        """Frames in shown order, the first of them at or before `start` (the very first frame where none is). To be called once."""
+        sought = False
+        for back in SEEK_BACK:
+            target = start - back
+            if target <= self._first.end:
+                break
+            try:
+                self._container.seek(math.floor((self._origin + target) / self._stream.time_base), stream=self._stream)
+            except av.FFmpegError:  # a pipe, or a stream without an index
+                break
+            sought, self._last = True, None
+            self._decoding.close()
+            self._decoding = self._decode()
+            landed = next(self._decoding, None)
+            if landed is not None and landed.start <= start:
+                return itertools.chain([landed], self._decoding)
+        if sought:
+            self.close()
+            self._open()
+        return itertools.chain([self._first], self._decoding)
+
+    def shortfall(self) -> str:
+        """After the last frame: why the file counts as cut off, or an empty string where it is whole."""
+        end = f"{float(self.end):.1f} s"
+        if self._failure:
+            return f"reading failed at {end} ({self._failure})"
+        period = self._last.end - self._last.start
+        slack = max(Fraction(3, 10), 2 * min(period, 1))
+        offset = self._origin - self._container_start()
+        if self._container.duration and self._container.format.name.startswith(STATES_DURATION):
+            stated = Fraction(self._container.duration, av.time_base)
+            if self._read_to - self._container_start() < stated - slack:
+                return f"the video ends at {end}, but its header states {float(stated - offset):.1f} s"
+        readable = self._video_to - self._origin
+        if self.end < readable - slack:
+            return f"nothing can be decoded after {end} of {float(readable):.1f} s"
+        if _cut_off(self._container, self.source):
+            return f"the file breaks off at {end}"
+        return ""
+
+    def _container_start(self) -> Fraction:
+        return Fraction(self._container.start_time or 0, av.time_base)
+
+    def _decode(self) -> Iterator[_Shown]:
+        """Frames from the current position on. Broken packets are skipped; self._failure says if reading stopped for another reason than the end."""
+        failures = 0
+        while failures < BROKEN_READS:
+            try:
+                # every stream is read, at no cost (they are interleaved): a sound track that goes on shows that the file is whole
+                for packet in self._container.demux():
+                    failures = 0
+                    self._note(packet)
+                    if packet.stream.index == self._stream.index:
+                        yield from self._decode_packet(packet)
+                return
+            except av.error.InvalidDataError:  # libav finds the next readable packet by itself when asked again
+                failures += 1
+                self.broken += 1
+            except av.FFmpegError as error:
+                self._failure = error.strerror or type(error).__name__
+                return
+        self._failure = "damaged data"
+
+    def _decode_packet(self, packet: av.Packet) -> Iterator[_Shown]:
+        try:
+            pictures = packet.decode()
+        except av.FFmpegError:
+            self.broken += 1
+            return
+        for picture in pictures:
+            if picture.is_corrupt and self._origin is not None:  # the frame before it stays on screen
+                self.broken += 1
+                continue
+            yield self._time(picture)
+
+    def _note(self, packet: av.Packet) -> None:
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is None:
+            return
+        end = (stamp + (packet.duration or 0)) * packet.time_base
+        self._read_to = max(self._read_to, end)
+        if packet.stream.index == self._stream.index:
+            self._video_to = max(getattr(self, "_video_to", end), end)
+
+    def _time(self, picture: av.VideoFrame) -> _Shown:
+        base = picture.time_base or self._stream.time_base
+        period = picture.duration * base if picture.duration else 1 / _frame_rate(self._stream, Fraction(25))
+        last = self._last
+        if picture.pts is None:  # raw streams carry no times
+            start = Fraction(0) if last is None else last.end
+            self._origin = self._origin or Fraction(0)
+        else:
+            stamp = picture.pts * base
+            if self._origin is None:
+                self._origin = stamp
+            start = stamp - self._origin
+            if last is not None and start < last.start - 1:  # the clock was set back: recordings joined end to end
+                self._origin = stamp - last.end
+                start = last.end
+        if last is not None:
+            start = max(start, last.start)
+        self._last = _Shown(start, start + period, picture)
+        return self._last
+
+    def _describe(self) -> VideoInfo:
+        picture, stream = self._first.picture, self._stream
+        height, width = picture.height, picture.width
+        if round(picture.rotation / 90) % 2:
+            height, width = width, height
+        if stream.duration:
+            duration = float(stream.duration * stream.time_base)
+        else:
+            duration = self._container.duration / av.time_base if self._container.duration else None
+        rate = _frame_rate(stream, None)
+        return VideoInfo(self.source, height, width, duration, rate and float(rate), stream.codec_context.name)
+
+
+def _open_container(source: str):
+    local = "://" not in source
+    if local:
+        path = Path(source)
+        if not path.exists():
+            raise UserError(f"{source}: there is no such file: check the path")
+        if path.is_dir():
+            raise UserError(f"{source} is a folder: name a video file in it")
+        if path.is_file() and path.stat().st_size == 0:
+            raise UserError(f"{source} is empty: fetch or record it again")
+    try:
+        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT)
+    except (av.FFmpegError, OSError) as error:
+        reason = "it is not a video, or it is damaged or incomplete" if isinstance(error, av.error.InvalidDataError) else error.strerror or str(error)
+        raise UserError(f"{source} cannot be opened ({reason}): give a file that a video player can play") from None
+    if container.format.name in NOT_VIDEO:
+        container.close()
+        raise UserError(f"{source} is not a video: give a file that a video player can play")
+    return container
+
+
+def _video_stream(container, source: str):
+    """The first video stream that is not cover art; checks the size that its header states before anything is allocated."""
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise UserError(f"{source} has no video stream (it holds {kinds}): give a file with pictures")
+    stream = streams[0]
+    codec = stream.codec_context
+    if codec is None:
+        raise UserError(f"{source}: its video codec is not supported here: convert it to H.264")
+    height, width = codec.height, codec.width
+    if min(height, width) < FACTOR or max(height, width) > MAX_SIDE:
+        raise UserError(f"{source}: frames of {width} x {height} pixels cannot be used: each side must be {FACTOR} to {MAX_SIDE} pixels")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise UserError(f"{source}: frames of {width} x {height} pixels are too narrow: the sides may differ {MAX_ASPECT}-fold at most, so crop it")
+    stream.thread_type = "AUTO"  # frames in parallel, where the codec can
+    return stream
+
+
+def _frame_rate(stream, default: Fraction | None) -> Fraction | None:
+    return stream.average_rate or stream.guessed_rate or default
+
+
+def _cut_off(container, source: str) -> bool:
+    """Whether the bytes themselves show that the end of a local file is missing."""
+    if not os.path.isfile(source):
+        return False
+    size = os.path.getsize(source)
+    if container.format.name == "mpegts":
+        with open(source, "rb") as file:
+            head = file.read(2 * 188)
+        return head[0::188] == b"GG" and size % 188 != 0  # packets of 188 bytes, each begun by 0x47
+    for stream in container.streams:
+        entries = getattr(stream, "index_entries", ())  # absent before PyAV 17
+        if any(entry.pos + entry.size > size for entry in entries[-64:]):
+            return True
+    return False
+
+
+def probe(source: str | os.PathLike) -> VideoInfo:
+    """What a video says about itself; decodes one frame, so a file that passes can be read. Raises UserError as `VideoReader` does."""
+    with VideoReader(source) as reader:
+        return reader.info
+
+
+def read_rounds(
+    source: str | os.PathLike,
+    *,
+    fps: float,
+    chunk_seconds: float,
+    max_pixels: int = MAX_PIXELS,
+    start: float = 0.0,
+    duration: float | None = None,
+    size: tuple[int, int] | None = None,
+) -> Iterator[Round]:
+    """The rounds of a video. Round r shows frame i at t = start + r * chunk_seconds + i / fps: the last frame that begins at or before t.
+
+    `start` and `duration` are in seconds; rounds that begin before start + duration are given. `size` (height, width) in pixels overrules
+    the size that follows from `max_pixels`. The last round is given where the video covers its first sample, and repeats the last frame.
+    The file is opened and checked at the call; decoding begins with the first round.
+
+    Raises UserError at the call for an unusable file or setting, and while reading where `start` lies beyond the end; TruncatedVideo after
+    the last readable round of a file that is cut off.
+    """
+    rate, chunk, begin = (_exact(name, value) for name, value in (("--fps", fps), ("--chunk", chunk_seconds), ("--start", start)))
+    count = round(rate * chunk)
+    if rate <= 0 or chunk <= 0 or count < 1 or abs(rate * chunk - count) > Fraction(1, 10**4):
+        raise UserError(f"--fps {fps:g} x --chunk {chunk_seconds:g} must give a whole number of frames a round, at least 1")
+    if begin < 0:
+        raise UserError(f"--start must not be negative, but is {start:g}")
+    stop = None if duration is None else begin + _exact("--duration", duration)
+    if stop is not None and stop <= begin:
+        raise UserError(f"--duration must be positive, not {duration:g}")
+    if size is not None and min(size) < 1:
+        raise UserError(f"a frame size of {size[1]} x {size[0]} pixels is impossible")
+    reader = VideoReader(source)
+    if size is None:
+        size = resized_size(reader.info.height, reader.info.width, min_pixels=min(MIN_PIXELS, max_pixels), max_pixels=max_pixels)
+    return _rounds(reader, size, [i / rate for i in range(count)], chunk, begin, stop)
+
+
+def _exact(name: str, value: float) -> Fraction:
+    """The fraction meant by a float: 0.1 is a tenth, 1/3 a third."""
+    if not math.isfinite(value):
+        raise UserError(f"{name} must be a number, not {value}")
+    return Fraction(value).limit_denominator(10**6)
+
+
+def _rounds(
+    reader: VideoReader, size: tuple[int, int], offsets: list[Fraction], chunk: Fraction, start: Fraction, stop: Fraction | None
+) -> Iterator[Round]:
+    with reader:
+        screen = None
+        for index in itertools.count():
+            begin = start + index * chunk
+            if stop is not None and begin >= stop:
+                return
+            clock, broken = time.perf_counter(), reader.broken
+            screen = screen or _Screen(reader, start, size)
+            if not screen.lit(begin):
+                break
+            frames = np.stack([screen.at(begin + offset) for offset in offsets])
+            yield Round(index, float(begin), float(begin + chunk), frames, time.perf_counter() - clock, reader.broken - broken)
+        shortfall = reader.shortfall()
+        if shortfall:
+            raise TruncatedVideo(f"{reader.source}: {shortfall}: the file is incomplete or damaged, fetch or record it again")
+        if index == 0:
+            raise UserError(f"{reader.source} lasts {float(reader.end):.1f} s, so it cannot start at {float(start):g} s: give a smaller --start")
+
+
+class _Screen:
+    """What is shown at a time that only moves forward. A frame is converted and resized when it is asked for, and once."""
+
+    def __init__(self, reader: VideoReader, start: Fraction, size: tuple[int, int]):
+        self._source, self._tolerance, self._size = reader.source, reader.tolerance, size
+        self._frames = reader.frames(start)
+        self._shown = next(self._frames)
+        self._next = next(self._frames, None)
+        self._pixels: UInt8[np.ndarray, "h w 3"] | None = None
+
+    def _advance(self, when: Fraction) -> None:
+        while self._next is not None and self._next.start <= when + self._tolerance:
+            self._shown, self._pixels = self._next, None
+            self._next = next(self._frames, None)
+
+    def lit(self, when: Fraction) -> bool:
+        """Whether the video has not ended by then."""
+        self._advance(when)
+        return self._next is not None or when + self._tolerance < self._shown.end
+
+    def at(self, when: Fraction) -> UInt8[np.ndarray, "h w 3"]:
+        self._advance(when)
+        if self._pixels is None:
+            picture = self._shown.picture
+            try:
+                pixels = picture.to_ndarray(format="rgb24")
+            except (av.FFmpegError, ValueError):
+                raise UserError(f"{self._source}: pixel format {picture.format.name} cannot be shown: convert the video to H.264") from None
+            self._pixels = resize(np.rot90(pixels, round(picture.rotation / 90)), self._size)  # both count anticlockwise
+        return self._pixels
+
+
+def read_ahead(iterator: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made by a thread that keeps at most `depth` of them ready (and one in the making).
+
+    The thread starts with the first item asked for. An exception of `iterator` is raised here, after the items before it. Closing this
+    generator, or dropping it, ends the thread once the item in the making is done, and closes `iterator`.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    return _read_ahead(iterator, depth)
+
+
+def _read_ahead(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def work() -> None:
+        error = None
+        try:
+            for item in iterator:
+                ready.put((item, False, None))
+                if stopped.is_set():
+                    break
+        except BaseException as caught:  # noqa: BLE001  (raised again in the thread that reads)
+            error = caught
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+            ready.put((None, True, error))
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, last, error = ready.get()
+            if error is not None:
+                raise error
+            if last:
+                return
+            yield item
+    finally:
+        stopped.set()
+        while thread.is_alive():  # empty the queue: the thread may be waiting for room in it
+            try:
+                ready.get(timeout=0.01)
+            except queue.Empty:
+                pass
+        thread.join()

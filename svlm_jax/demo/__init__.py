@@ -1,0 +1,1 @@
+"""What a fresh install can show without any download."""
