@@ -1,0 +1,1 @@
+"""Model and training configurations: Python files whose functions return frozen dataclasses."""

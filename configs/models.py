@@ -1,0 +1,71 @@
+"""The sizes of Qwen2.5-VL, as published in each checkpoint's config.json, and two small ones."""
+
+from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
+
+
+def _vision(out: int, intermediate: int = 3420) -> VisionConfig:
+    return VisionConfig(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=intermediate,
+        num_heads=16,
+        out_hidden_size=out,
+        fullatt_block_indexes=(7, 15, 23, 31),
+    )
+
+
+def _text(vocab: int, width: int, mlp: int, layers: int, heads: int, kv_heads: int, *, tied: bool = False) -> TextConfig:
+    return TextConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        mrope_section=(16, 24, 24),
+        tie_word_embeddings=tied,
+    )
+
+
+def qwen2_5_vl_3b() -> ModelConfig:
+    """3.75 billion parameters, tied head."""
+    return ModelConfig(_vision(2048), _text(151_936, 2048, 11_008, 36, 16, 2, tied=True), "qwen2.5-vl-3b")
+
+
+def qwen2_5_vl_7b() -> ModelConfig:
+    """8.29 billion parameters; StreamingVLM's base."""
+    return ModelConfig(_vision(3584), _text(152_064, 3584, 18_944, 28, 28, 4), "qwen2.5-vl-7b")
+
+
+def qwen2_5_vl_32b() -> ModelConfig:
+    """33.5 billion parameters."""
+    return ModelConfig(_vision(5120, 3456), _text(152_064, 5120, 27_648, 64, 40, 8), "qwen2.5-vl-32b")
+
+
+def qwen2_5_vl_72b() -> ModelConfig:
+    """73.4 billion parameters."""
+    return ModelConfig(_vision(8192, 3456), _text(152_064, 8192, 29_568, 80, 64, 8), "qwen2.5-vl-72b")
+
+
+def tiny(vocab_size: int = 2048) -> ModelConfig:
+    """A quarter of a million parameters and every mechanism of the big ones: tests and the bundled demonstration."""
+    vision = VisionConfig(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1, 3))
+    text = TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=(2, 3, 3),
+    )
+    return ModelConfig(vision, text, "tiny")
+
+
+MODELS = {
+    "tiny": tiny,
+    "3b": qwen2_5_vl_3b,
+    "7b": qwen2_5_vl_7b,
+    "32b": qwen2_5_vl_32b,
+    "72b": qwen2_5_vl_72b,
+}

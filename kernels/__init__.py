@@ -1,0 +1,1 @@
+"""Device kernels, each a folder with a contract, a reference and backends. They import jax only."""

@@ -1,0 +1,1 @@
+"""svlm-jax: understanding live video without end, in JAX."""

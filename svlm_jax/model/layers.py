@@ -1,0 +1,75 @@
+"""What both towers are made of: parameters stated on one line, and norms.
+
+A parameter line gives shape, logical axes and initialiser; `svlm_jax.sharding` maps logical axes to mesh axes.
+With `stack=L` every parameter of a layer gets a leading "layers" axis: one stacked layer instead of L separate ones.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from svlm_jax.types import Array, Float
+
+Initializer = Callable[[Any, tuple[int, ...], Any], Array]
+zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+
+
+def fan_in(*axes: int) -> Initializer:
+    """Normal with variance 1 / (size of the input axes, counted without a stack axis from the right: negative numbers)."""
+
+    def init(key, shape, dtype):
+        size = 1
+        for axis in axes:
+            size *= shape[axis]
+        return (jax.random.normal(key, shape, jnp.float32) * size**-0.5).astype(dtype)
+
+    return init
+
+
+class Declare:
+    """Makes the parameters of one module: `declare(shape, axes, init)`."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any, stack: int | None = None):
+        self.rngs, self.dtype, self.stack = rngs, dtype, stack
+
+    def __call__(self, shape: Sequence[int], axes: Sequence[str | None], init: Initializer) -> nnx.Param:
+        assert len(shape) == len(axes), (shape, axes)
+        if self.stack is not None:
+            shape, axes = (self.stack, *shape), ("layers", *axes)
+        return nnx.Param(init(self.rngs.params(), tuple(shape), self.dtype), axes=tuple(axes))
+
+    def stacked(self, count: int) -> "Declare":
+        return Declare(self.rngs, self.dtype, count)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "... D"]:
+    """x / rms(x) * weight; the statistics in float32 (arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def take_layer(layers: Any, index: int) -> Any:
+    """Layer `index` of a stacked module, or of a list of modules."""
+    if isinstance(layers, nnx.List):
+        return layers[index]
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], state))
+
+
+def run_layers(layers: Any, count: int, body: Callable[[Any, Array], Array], x: Array, *, remat: bool = False) -> Array:
+    """x through `count` layers: `lax.scan` over a stacked module, a Python loop over a list."""
+    if isinstance(layers, nnx.List):
+        for layer in layers:
+            x = (nnx.remat(body) if remat else body)(layer, x)
+        return x
+    graphdef, state = nnx.split(layers)
+
+    def step(carry, layer_state):
+        return body(nnx.merge(graphdef, layer_state), carry), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x, state, length=count)
+    return x

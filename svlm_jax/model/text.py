@@ -1,0 +1,80 @@
+"""The Qwen2.5 decoder. A layer knows nothing of positions, masks or caches: its caller hands it `attend`.
+
+Query, key and value weights are one array, grouped by key-value head (G query heads, one key, one value), and gate
+and up projections are another: one product each while decoding, and a tensor axis shards both without a seam.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from svlm_jax.config import TextConfig
+from svlm_jax.model.layers import Declare, fan_in, ones, rms_norm, zeros
+from svlm_jax.types import Array, Float, Int
+
+Attend = Callable[
+    [Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
+    Float[Array, "B T N H"],
+]
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and SwiGLU, each behind a norm and around a residual."""
+
+    def __init__(self, config: TextConfig, declare: Declare):
+        c, groups = config, config.num_attention_heads // config.num_key_value_heads
+        self.config = config
+        d, f, k, h = c.hidden_size, c.intermediate_size, c.num_key_value_heads, c.head_dim
+        self.attention_norm = declare((d,), ("norm",), ones)
+        self.qkv = declare((d, k, groups + 2, h), ("embed", "kv_heads", None, "head_dim"), fan_in(-4))
+        self.qkv_bias = declare((k, groups + 2, h), ("kv_heads", None, "head_dim"), zeros)
+        self.out = declare((k, groups, h, d), ("kv_heads", None, "head_dim", "embed"), fan_in(-4, -3, -2))
+        self.mlp_norm = declare((d,), ("norm",), ones)
+        self.gate_up = declare((d, 2, f), ("embed", None, "mlp"), fan_in(-3))
+        self.down = declare((f, d), ("mlp", "embed"), fan_in(-2))
+
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
+        epsilon = self.config.rms_norm_eps
+        batch, length, _ = x.shape
+        with jax.named_scope("attention"):
+            y = rms_norm(x, self.attention_norm[...], epsilon)
+            qkv = jnp.einsum("btd,dkch->btkch", y, self.qkv[...]) + self.qkv_bias[...]
+            q, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+            heads = attend(q.reshape(batch, length, -1, q.shape[-1]), key, value).reshape(q.shape)
+            x = x + jnp.einsum("btkgh,kghd->btd", heads, self.out[...])
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.mlp_norm[...], epsilon)
+            gate_up = jnp.einsum("btd,dcf->btcf", y, self.gate_up[...])
+            y = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+            return x + jnp.einsum("btf,fd->btd", y, self.down[...])
+
+
+class Decoder(nnx.Module):
+    """Token embedding, layers, final norm and head (none where the embedding is tied)."""
+
+    def __init__(self, config: TextConfig, declare: Declare, *, stacked: bool):
+        c = config
+        self.config = config
+        self.embedding = declare((c.vocab_size, c.hidden_size), ("vocab", "embed"), fan_in(-1))
+        self.layers: Any = (
+            DecoderLayer(c, declare.stacked(c.num_hidden_layers))
+            if stacked
+            else nnx.List([DecoderLayer(c, declare) for _ in range(c.num_hidden_layers)])
+        )
+        self.norm = declare((c.hidden_size,), ("norm",), ones)
+        if not c.tie_word_embeddings:
+            self.head = declare((c.hidden_size, c.vocab_size), ("embed", "vocab"), fan_in(-2))
+
+    def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return self.embedding[...][tokens]
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of the last layer's output."""
+        with jax.named_scope("head"):
+            x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+            if self.config.tie_word_embeddings:
+                return jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,dv->...v", x, self.head[...], preferred_element_type=jnp.float32)

@@ -1,0 +1,150 @@
+"""The vision tower of Qwen2.5-VL: frames to one token for each 2x2 block of patches.
+
+One grid (a pair of frames) is a row of the batch, and every shape is fixed by the frame's size. The patches of a grid
+are kept in window order throughout, windows padded to one size at the right and bottom edges: window attention is a
+reshape, and full attention masks the padding.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from svlm_jax.config import VisionConfig
+from svlm_jax.model.layers import Declare, fan_in, ones, rms_norm, zeros
+from svlm_jax.model.rope import Rotation, rotate, vision_rotation
+from svlm_jax.types import Array, Float, UInt8
+
+# CLIP's pixel statistics, in units of full scale (arXiv 2103.00020)
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowOrder:
+    """Where the patches of one grid stand while they are in window order. Static, NumPy."""
+
+    windows: int  # attention windows
+    window_patches: int  # patches of a window, padding included
+    source: np.ndarray  # int32 [windows * window_patches]: patch (processor order) in each place; padding repeats patch 0
+    valid: np.ndarray  # bool [windows, window_patches]
+    restore: np.ndarray  # int32 [tokens]: place of each merged token, counted in merged tokens
+    rotation: Rotation  # [windows * window_patches, head_dim / 2]
+
+
+@functools.lru_cache(maxsize=64)
+def window_order(config: VisionConfig, height: int, width: int) -> WindowOrder:
+    """The window order of a frame of height x width pixels (multiples of 28)."""
+    merge, side = config.spatial_merge_size, config.window_size // config.merged_patch_size
+    rows, columns = height // config.merged_patch_size, width // config.merged_patch_size
+    down, across = -(-rows // side), -(-columns // side)
+    token = np.full((down * side, across * side), -1, np.int64)
+    token[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    token = token.reshape(down, side, across, side).transpose(0, 2, 1, 3).reshape(down * across, side * side)
+    patches = token[..., None] * merge**2 + np.arange(merge**2)  # processor order: a token's patches are neighbours
+    valid = np.repeat(token >= 0, merge**2, axis=1)
+    source = np.where(valid, patches.reshape(valid.shape), 0).reshape(-1)
+    restore = np.empty(rows * columns, np.int32)
+    flat = token.reshape(-1)
+    restore[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    cos, sin = vision_rotation(rows * merge, columns * merge, merge, config.head_dim)
+    return WindowOrder(down * across, valid.shape[1], source.astype(np.int32), valid, restore, Rotation(cos[source], sin[source]))
+
+
+def patchify(config: VisionConfig, frames: UInt8[Array, "B F 3 height width"]) -> Float[Array, "grids P features"]:
+    """Frames to rows of normalised patch vectors (colour, frame, y, x) in processor order, float32; grids = B * ceil(F / 2).
+
+    An odd last frame is repeated.
+    """
+    patch, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    if frames.shape[1] % depth:
+        frames = jnp.concatenate([frames, jnp.repeat(frames[:, -1:], depth - frames.shape[1] % depth, axis=1)], axis=1)
+    batch, count, channels, height, width = frames.shape
+    x = frames.astype(jnp.float32) * np.float32(1 / 255)
+    x = (x - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
+    h, w = height // config.merged_patch_size, width // config.merged_patch_size
+    x = x.reshape(batch, count // depth, depth, channels, h, merge, patch, w, merge, patch)
+    x = x.transpose(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # b, grid, h, w, row in merge, column in merge, colour, frame, y, x
+    return x.reshape(batch * (count // depth), h * w * merge**2, config.patch_features)
+
+
+class VisionBlock(nnx.Module):
+    """Attention over windows or over the whole grid, then SwiGLU."""
+
+    def __init__(self, config: VisionConfig, declare: Declare):
+        c, e, f, n, h = config, config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
+        self.config = c
+        self.attention_norm = declare((e,), ("norm",), ones)
+        self.qkv = declare((e, 3, n, h), ("embed", None, "heads", "head_dim"), fan_in(-4))
+        self.qkv_bias = declare((3, n, h), (None, "heads", "head_dim"), zeros)
+        self.out = declare((n, h, e), ("heads", "head_dim", "embed"), fan_in(-3, -2))
+        self.out_bias = declare((e,), ("norm",), zeros)
+        self.mlp_norm = declare((e,), ("norm",), ones)
+        self.gate_up = declare((e, 2, f), ("embed", None, "mlp"), fan_in(-3))
+        self.gate_up_bias = declare((2, f), (None, "mlp"), zeros)
+        self.down = declare((f, e), ("mlp", "embed"), fan_in(-2))
+        self.down_bias = declare((e,), ("norm",), zeros)
+
+    def __call__(
+        self, x: Float[Array, "grids W p E"], rotation: Rotation, valid: np.ndarray, *, full: bool
+    ) -> Float[Array, "grids W p E"]:
+        """x in window order: W windows of p patches; `valid` [W, p]; `full` attends across windows."""
+        epsilon = self.config.rms_norm_eps
+        with jax.named_scope("full_attention" if full else "window_attention"):
+            y = rms_norm(x, self.attention_norm[...], epsilon)
+            q, k, v = jnp.moveaxis(jnp.einsum("bwpe,ecnh->bwpcnh", y, self.qkv[...]) + self.qkv_bias[...], 3, 0)
+            q, k = rotate(q, rotation), rotate(k, rotation)
+            shape = q.shape
+            if full:
+                q, k, v = (a.reshape(shape[0], 1, -1, *shape[3:]) for a in (q, k, v))
+                valid = valid.reshape(1, -1)
+            scores = jnp.einsum("bwpnh,bwsnh->bwnps", q, k, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
+            if not valid.all():
+                scores = jnp.where(valid[:, None, None, :], scores, np.float32(-1e30))
+            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+            heads = jnp.einsum("bwnps,bwsnh->bwpnh", weights, v).reshape(shape)
+            x = x + jnp.einsum("bwpnh,nhe->bwpe", heads, self.out[...]) + self.out_bias[...]
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.mlp_norm[...], epsilon)
+            gate_up = jnp.einsum("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
+            y = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+            return x + jnp.einsum("bwpf,fe->bwpe", y, self.down[...]) + self.down_bias[...]
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding, blocks, and the merger that joins 2x2 patches into one token of the decoder."""
+
+    def __init__(self, config: VisionConfig, declare: Declare):
+        c, e = config, config.hidden_size
+        merged = e * c.spatial_merge_size**2
+        self.config = c
+        self.patch_embed = declare((c.patch_features, e), ("patch", "embed"), fan_in(-2))
+        self.blocks: Any = nnx.List([VisionBlock(c, declare) for _ in range(c.depth)])
+        self.merger_norm = declare((e,), ("norm",), ones)
+        self.merger_in = declare((merged, merged), ("embed", "mlp"), fan_in(-2))
+        self.merger_in_bias = declare((merged,), ("mlp",), zeros)
+        self.merger_out = declare((merged, c.out_hidden_size), ("mlp", "embed"), fan_in(-2))
+        self.merger_out_bias = declare((c.out_hidden_size,), ("norm",), zeros)
+
+    def __call__(self, frames: UInt8[Array, "B F 3 height width"]) -> Float[Array, "B C D"]:
+        """Features of the clip's C = ceil(F / 2) * height / 28 * width / 28 tokens, in the order (grid, row, column)."""
+        c, (batch, _, _, height, width) = self.config, frames.shape
+        order = window_order(c, height, width)
+        with jax.named_scope("patchify"):
+            patches = patchify(c, frames).astype(self.patch_embed.dtype)[:, order.source]
+        x = jnp.einsum("gpf,fe->gpe", patches, self.patch_embed[...])
+        x = x.reshape(x.shape[0], order.windows, order.window_patches, -1)
+        rotation = Rotation(*(a.reshape(*x.shape[1:3], 1, -1) for a in order.rotation))
+        for index, block in enumerate(self.blocks):
+            x = block(x, rotation, order.valid, full=index in c.fullatt_block_indexes)
+        with jax.named_scope("merger"):
+            x = rms_norm(x, self.merger_norm[...], c.rms_norm_eps)
+            x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order.restore]
+            x = jnp.einsum("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
+            x = jax.nn.gelu(x, approximate=False)
+            x = jnp.einsum("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]
+        return x.reshape(batch, -1, x.shape[-1])
