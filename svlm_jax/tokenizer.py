@@ -75,7 +75,7 @@ class Tokenizer:
         return self._inner.encode(_without_surrogates(text), add_special_tokens=False).ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of `text`, in which `<|im_end|>` is eight letters and signs like any others. For text that users write."""
+        """The ids of `text`, in which `<|im_end|>` is letters and signs like any others. For text that users write."""
         text, inner = _without_surrogates(text), self._inner
         if inner.normalizer is not None:
             text = inner.normalizer.normalize_str(text)
@@ -101,6 +101,7 @@ def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
         flags = {key: bool(token.get(key, False)) for key in ("special", "normalized", "lstrip", "rstrip", "single_word")}
         add = inner.add_special_tokens if flags["special"] else inner.add_tokens
         add([AddedToken(token["content"], **flags)])
-        if inner.token_to_id(token["content"]) != id:
-            raise UserError(f"{config} puts {token['content']} at {id}, but vocab.json leaves it {inner.token_to_id(token['content'])}: they do not belong together")
+        place = inner.token_to_id(token["content"])
+        if place != id:
+            raise UserError(f"{config} puts {token['content']} at {id}, vocab.json at {place}: take both from the same model")
     return inner

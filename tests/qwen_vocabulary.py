@@ -5,7 +5,7 @@ The package holds the 151,643 byte sequences in order of rank (tiktoken's format
 
 import base64
 import importlib.util
-import json
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -68,7 +68,7 @@ def last_merge(token: bytes, rank: int, rank_of: dict[bytes, int]) -> tuple[byte
     """The two parts that `token` is merged from: what the merges of lower rank leave of its bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [rank_of.get(left + right, rank) for left, right in zip(parts, parts[1:])]
+        pairs = [rank_of.get(left + right, rank) for left, right in itertools.pairwise(parts)]
         best = min(pairs)
         assert best < rank, f"token {rank} {token!r} cannot be reached by merges"
         i = pairs.index(best)

@@ -21,7 +21,7 @@ LONGEST_TIME = (9_999_999.0, 10_000_000.0)  # seconds; 115 days of stream, and 2
 
 @dataclasses.dataclass(frozen=True)
 class PromptLayout:
-    """The token ids of everything in the sequence that is neither video, time, query nor words. Hashable, so it can be static under `jit`."""
+    """The token ids of all that is neither video, time, query nor words. Hashable, so it can be static under `jit`."""
 
     im_start: int  # <|im_start|>
     im_end: int  # <|im_end|>, which closes a turn
@@ -69,7 +69,7 @@ class PromptLayout:
 def _single(tokenizer: Tokenizer, text: str) -> int:
     ids = tokenizer.encode_plain(text)
     if len(ids) != 1:
-        raise UserError(f"{text!r} is {len(ids)} tokens in this tokenizer, and must be one: use the tokenizer of a Qwen2-VL or Qwen2.5-VL model")
+        raise UserError(f"{text!r} is {len(ids)} tokens here and must be one: use the tokenizer of a Qwen2-VL or Qwen2.5-VL model")
     return ids[0]
 
 
