@@ -26,8 +26,10 @@ from svlm_jax.errors import UserError
 Item = TypeVar("Item")
 
 MAX_SIDE = 16_384  # pixels; beyond it a header is more likely broken than true (H.264 and HEVC stop near 8,192 and 16,384)
-SEEK_BACK = (0, 10, 60)  # seconds before the start to try when a seek lands too late (MPEG-TS has no index of its keyframes)
+SEEK_BACK = (0, 10, 60)  # seconds before the start to seek to, the next where one lands too late
+UNINDEXED = ("mpeg", "mpegts")  # after a seek their clocks need a second to settle, and they may land between keyframes: never seek right to the start
 NETWORK_TIMEOUT = (10.0, 30.0)  # seconds to open a URL, and to wait for its next bytes
+TICK = Fraction(1, 1000)  # seconds; containers round the end of the last frame, by a millisecond in Matroska
 BROKEN_READS = 64  # unreadable stretches in a row after which the file counts as ended
 NOT_VIDEO = ("tty", "bin", "xbin", "adf", "idf")  # text files, which libav would draw as a terminal
 STATES_DURATION = ("mov", "matroska", "avi", "asf", "flv")  # formats whose header states a duration; in others libav guesses from what is there
@@ -85,7 +87,7 @@ class VideoReader:
         self._container = _open_container(self.source)
         self._origin: Fraction | None = None  # the first frame's time on the stream's own clock
         self._last: _Shown | None = None
-        self._read_to = Fraction(-1)  # where the packets read so far end, whatever their stream, on the container's clock
+        self._read_to: dict[int, Fraction] = {}  # stream index: where its packets read so far end, on the stream's own clock
         self._failure = ""
         try:
             self._stream = _video_stream(self._container, self.source)
@@ -109,11 +111,6 @@ class VideoReader:
         self._container.close()
 
     @property
-    def tolerance(self) -> Fraction:
-        """Half a tick of the stream's clock, at most half a millisecond: a time that the container rounded up still counts as reached."""
-        return min(self._stream.time_base / 2, Fraction(1, 2000))
-
-    @property
     def end(self) -> Fraction:
         """Where the last frame decoded so far ends, in seconds from the first frame."""
         return self._last.end
@@ -122,8 +119,9 @@ class VideoReader:
         """Frames in shown order, the first of them at or before `start` (the very first frame where none is). To be called once."""
         sought = False
         for back in SEEK_BACK:
+            back = back or 3 * (self._container.format.name in UNINDEXED)
             target = start - back
-            if target <= self._first.end:
+            if target <= self._first.end or not self._container.duration:  # raw streams lose their clock when they seek
                 break
             try:
                 self._container.seek(math.floor((self._origin + target) / self._stream.time_base), stream=self._stream)
@@ -145,22 +143,18 @@ class VideoReader:
         end = f"{float(self.end):.1f} s"
         if self._failure:
             return f"reading failed at {end} ({self._failure})"
-        period = self._last.end - self._last.start
-        slack = max(Fraction(3, 10), 2 * min(period, 1))
-        offset = self._origin - self._container_start()
-        if self._container.duration and self._container.format.name.startswith(STATES_DURATION):
-            stated = Fraction(self._container.duration, av.time_base)
-            if self._read_to - self._container_start() < stated - slack:
-                return f"the video ends at {end}, but its header states {float(stated - offset):.1f} s"
-        readable = self._video_to - self._origin
+        slack = max(Fraction(1, 5), 2 * min(self._last.end - self._last.start, 1))
+        if self._container.duration and self._read_to and self._container.format.name.startswith(STATES_DURATION):
+            # from the earliest packet of any stream to the end of the last; a longer sound track is no reason to complain
+            first, stated = Fraction(self._container.start_time or 0, av.time_base), Fraction(self._container.duration, av.time_base)
+            if max(self._read_to.values()) < first + stated - slack:
+                return f"the video ends at {end}, but its container states {float(first + stated - self._origin):.1f} s"
+        readable = self._read_to.get(self._stream.index, self._origin) - self._origin
         if self.end < readable - slack:
             return f"nothing can be decoded after {end} of {float(readable):.1f} s"
         if _cut_off(self._container, self.source):
             return f"the file breaks off at {end}"
         return ""
-
-    def _container_start(self) -> Fraction:
-        return Fraction(self._container.start_time or 0, av.time_base)
 
     def _decode(self) -> Iterator[_Shown]:
         """Frames from the current position on. Broken packets are skipped; self._failure says if reading stopped for another reason than the end."""
@@ -173,6 +167,8 @@ class VideoReader:
                     self._note(packet)
                     if packet.stream.index == self._stream.index:
                         yield from self._decode_packet(packet)
+                return
+            except IndexError:  # PyAV's flush at the end trips over streams that appeared on the way (MPEG-TS), after it has flushed this one
                 return
             except av.error.InvalidDataError:  # libav finds the next readable packet by itself when asked again
                 failures += 1
@@ -199,9 +195,7 @@ class VideoReader:
         if stamp is None:
             return
         end = (stamp + (packet.duration or 0)) * packet.time_base
-        self._read_to = max(self._read_to, end)
-        if packet.stream.index == self._stream.index:
-            self._video_to = max(getattr(self, "_video_to", end), end)
+        self._read_to[packet.stream.index] = max(self._read_to.get(packet.stream.index, end), end)
 
     def _time(self, picture: av.VideoFrame) -> _Shown:
         base = picture.time_base or self._stream.time_base
@@ -266,7 +260,7 @@ def _video_stream(container, source: str):
     stream = streams[0]
     codec = stream.codec_context
     if codec is None:
-        raise UserError(f"{source}: its video codec is not supported here: convert it to H.264")
+        raise UserError(f"{source}: its video codec is unknown, or its header is damaged: convert it to H.264, or fetch it again")
     height, width = codec.height, codec.width
     if min(height, width) < FACTOR or max(height, width) > MAX_SIDE:
         raise UserError(f"{source}: frames of {width} x {height} pixels cannot be used: each side must be {FACTOR} to {MAX_SIDE} pixels")
@@ -371,21 +365,21 @@ class _Screen:
     """What is shown at a time that only moves forward. A frame is converted and resized when it is asked for, and once."""
 
     def __init__(self, reader: VideoReader, start: Fraction, size: tuple[int, int]):
-        self._source, self._tolerance, self._size = reader.source, reader.tolerance, size
+        self._source, self._size = reader.source, size
         self._frames = reader.frames(start)
         self._shown = next(self._frames)
         self._next = next(self._frames, None)
         self._pixels: UInt8[np.ndarray, "h w 3"] | None = None
 
     def _advance(self, when: Fraction) -> None:
-        while self._next is not None and self._next.start <= when + self._tolerance:
+        while self._next is not None and self._next.start <= when:
             self._shown, self._pixels = self._next, None
             self._next = next(self._frames, None)
 
     def lit(self, when: Fraction) -> bool:
         """Whether the video has not ended by then."""
         self._advance(when)
-        return self._next is not None or when + self._tolerance < self._shown.end
+        return self._next is not None or when < self._shown.end - TICK
 
     def at(self, when: Fraction) -> UInt8[np.ndarray, "h w 3"]:
         self._advance(when)
