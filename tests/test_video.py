@@ -10,6 +10,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from svlm_jax.data import resize as resizing
 from svlm_jax.data.video import Round, TruncatedVideo, probe, read_ahead, read_rounds
@@ -166,6 +167,17 @@ def test_sound_longer_than_the_pictures_is_not_truncation(folder):
         assert len(list(read_rounds(path, fps=2, chunk_seconds=1, **SMALL))) == 2
 
 
+def test_joined_broadcasts_run_on(folder):
+    """The second recording's clock starts lower than the first one's ends, the third's a quarter of an hour later."""
+    parts = [
+        encode(folder / f"part{i}.ts", [stamp + at for stamp in steady(count)])
+        for i, (count, at) in enumerate([(75, 5), (50, 0), (50, 900)])
+    ]
+    (folder / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    rounds = list(read_rounds(folder / "joined.ts", fps=5, chunk_seconds=1, **SMALL))
+    assert shown(rounds) == [5 * i for i in range(15)] + [5 * i for i in range(10)] * 2
+
+
 def test_size_follows_max_pixels(folder):
     path = encode(folder / "wide.mp4", steady(3), draw=lambda i: numbered(i, 360, 640))
     (one,) = read_rounds(path, fps=2, chunk_seconds=1)
@@ -175,7 +187,8 @@ def test_size_follows_max_pixels(folder):
     (one,) = read_rounds(path, fps=2, chunk_seconds=1, max_pixels=28 * 28 * 4)  # below the default minimum
     assert one.frames.shape[1] * one.frames.shape[2] <= 28 * 28 * 4
     info = probe(path)
-    assert (info.height, info.width, info.codec, info.frame_rate) == (360, 640, "h264", 25.0) and info.duration == pytest.approx(0.12, abs=0.001)
+    assert (info.height, info.width, info.codec, info.frame_rate) == (360, 640, "h264", 25.0)
+    assert info.duration == pytest.approx(0.12, abs=0.001)
 
 
 def test_rotated_video_is_shown_upright(folder):
@@ -265,7 +278,17 @@ def test_impossible_sizes(folder, height, width, part):
 
 def test_settings(ten_seconds):
     good = {"fps": 2, "chunk_seconds": 1}
-    for bad in ({"fps": 0}, {"fps": float("nan")}, {"fps": 1.5}, {"chunk_seconds": -1}, {"start": -1}, {"duration": 0}, {"max_pixels": 100}, {"size": (0, 5)}):
+    odd = (
+        {"fps": 0},
+        {"fps": float("nan")},
+        {"fps": 1.5},
+        {"chunk_seconds": -1},
+        {"start": -1},
+        {"duration": 0},
+        {"max_pixels": 9},
+        {"size": (0, 5)},
+    )
+    for bad in odd:
         with pytest.raises(UserError):
             read_rounds(ten_seconds, **(good | bad))
 
@@ -279,7 +302,8 @@ def test_start_beyond_the_end(ten_seconds, start):
 
 
 @pytest.mark.parametrize("name, mux", [
-    ("cut.mp4", {"movflags": "+faststart"}), ("fragments.mp4", {"movflags": "+frag_keyframe+empty_moov"}), ("cut.mkv", None), ("cut.ts", None),
+    ("cut.mp4", {"movflags": "+faststart"}), ("fragments.mp4", {"movflags": "+frag_keyframe+empty_moov"}),
+    ("cut.mkv", None), ("cut.ts", None),
 ])  # fmt: skip
 @pytest.mark.parametrize("part", [0.4, 0.95])
 def test_cut_off(folder, name, mux, part):
@@ -293,8 +317,7 @@ def test_cut_off(folder, name, mux, part):
     path.write_bytes(data[: cut + (cut % 188 == 0)])
     seen = []
     with pytest.raises(TruncatedVideo) as error:
-        for one in read_rounds(path, fps=2, chunk_seconds=1, **SMALL):
-            seen.append(one)
+        seen.extend(read_rounds(path, fps=2, chunk_seconds=1, **SMALL))
     one_line(error, name, " s")
     assert 6 * part - 1.1 < len(seen) <= 6
     readable = shown(seen)
@@ -315,8 +338,16 @@ def test_damage_in_the_middle_is_skipped_and_counted(folder, ten_seconds, name, 
     damaged.write_bytes(data)
     rounds = list(read_rounds(damaged, fps=2, chunk_seconds=1, **SMALL))
     assert len(rounds) == 10 and sum(r.broken for r in rounds) > 0
-    assert shown(rounds)[:4] + shown(rounds)[-6:] == (lambda all_: all_[:4] + all_[-6:])(expected(steady(250), 0, 2, 20))
+    numbers, whole = shown(rounds), expected(steady(250), 0, 2, 20)
+    assert numbers[:4] == whole[:4] and numbers[-6:] == whole[-6:]
     assert capfd.readouterr() == ("", "")
+
+
+def test_frames_without_end_to_a_side(folder):
+    Image.new("RGB", (17_000, 100)).save(folder / "huge.png")
+    with pytest.raises(UserError) as error:
+        probe(folder / "huge.png")
+    one_line(error, "huge.png", "16384")
 
 
 def test_nothing_to_decode(folder, ten_seconds):

@@ -12,6 +12,16 @@ FACTOR = 28  # pixels a side of one decoder token: a patch of 14, merged 2 x 2 (
 MIN_PIXELS = 100 * FACTOR**2  # StreamingVLM's VIDEO_MIN_PIXELS
 MAX_PIXELS = 768 * FACTOR**2  # qwen-vl-utils' VIDEO_MAX_PIXELS = 602,112
 MAX_ASPECT = 200  # long side / short side (Qwen2-VL)
+MAX_SIDE = 16_384  # pixels; beyond it a header is more likely broken than true (HEVC's largest picture is about as wide)
+
+
+def check_size(source: str, height: int, width: int) -> None:
+    """Raises UserError, naming the source, where frames of this size (pixels) cannot be shown to the model."""
+    frames = f"{source}: frames of {width} x {height} pixels"
+    if min(height, width) < FACTOR or max(height, width) > MAX_SIDE:
+        raise UserError(f"{frames} cannot be used: each side must be {FACTOR} to {MAX_SIDE} pixels")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise UserError(f"{frames} are too narrow: the sides may differ {MAX_ASPECT}-fold at most, so crop it")
 
 
 def resized_size(
@@ -25,10 +35,11 @@ def resized_size(
 
     Raises UserError where a side is not positive, the aspect is beyond 200, or the limits cannot hold.
     """
+    frame = f"a frame of {width} x {height} pixels"
     if height < 1 or width < 1:
-        raise UserError(f"a frame of {width} x {height} pixels cannot be resized: both sides must be at least 1")
+        raise UserError(f"{frame} cannot be resized: both sides must be at least 1")
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise UserError(f"a frame of {width} x {height} pixels is too narrow: the sides may differ {MAX_ASPECT}-fold at most, so crop it first")
+        raise UserError(f"{frame} is too narrow: the sides may differ {MAX_ASPECT}-fold at most, so crop it first")
     if max_pixels < factor**2:
         raise UserError(f"max_pixels {max_pixels} is below one token of {factor} x {factor} pixels: give at least {factor**2}")
     if min_pixels > max_pixels:
@@ -47,7 +58,7 @@ def resized_size(
 
 
 def resize(frame: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """The frame at `size` (height, width) in pixels: bicubic, antialiased when shrinking (Pillow widens the kernel), rounded and clipped to 0..255."""
+    """The frame at `size` (height, width) in pixels: bicubic, antialiased when shrinking (Pillow widens the kernel), clipped to 0..255."""
     height, width = size
     if frame.shape[:2] == (height, width):
         return np.ascontiguousarray(frame)

@@ -4,6 +4,7 @@ Times are seconds from the video's first frame and are kept as fractions until t
 29.97 Hz file never drift. libav's own log is off by default in PyAV and stays off: what goes wrong is raised here, in one line.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -11,28 +12,32 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
+from av.error import ExitError, FFmpegError, InvalidDataError
+from av.stream import Disposition
 from jaxtyping import UInt8
 
-from svlm_jax.data.resize import FACTOR, MAX_ASPECT, MAX_PIXELS, MIN_PIXELS, resize, resized_size
+from svlm_jax.data.resize import MAX_PIXELS, MIN_PIXELS, check_size, resize, resized_size
 from svlm_jax.errors import UserError
 
 Item = TypeVar("Item")
+Number = float | int  # runtime type checkers do not take an int for a float
 
-MAX_SIDE = 16_384  # pixels; beyond it a header is more likely broken than true (H.264 and HEVC stop near 8,192 and 16,384)
 SEEK_BACK = (0, 10, 60)  # seconds before the start to seek to, the next where one lands too late
-UNINDEXED = ("mpeg", "mpegts")  # after a seek their clocks need a second to settle, and they may land between keyframes: never seek right to the start
+UNINDEXED = ("mpeg", "mpegts")  # after a seek their times need a second to settle, so never seek right to the start
+LEAP = 10  # seconds; a longer step of a broadcast's clock is a splice and no long frame (the threshold of ffmpeg's command line)
 NETWORK_TIMEOUT = (10.0, 30.0)  # seconds to open a URL, and to wait for its next bytes
+LEAVE_BEHIND = 5.0  # seconds to wait for a reading thread that a stalled network keeps busy; it ends by itself later
 TICK = Fraction(1, 1000)  # seconds; containers round the end of the last frame, by a millisecond in Matroska
 BROKEN_READS = 64  # unreadable stretches in a row after which the file counts as ended
 NOT_VIDEO = ("tty", "bin", "xbin", "adf", "idf")  # text files, which libav would draw as a terminal
-STATES_DURATION = ("mov", "matroska", "avi", "asf", "flv")  # formats whose header states a duration; in others libav guesses from what is there
+STATES_DURATION = ("mov", "matroska", "avi", "asf", "flv")  # in other formats libav derives the duration from what is there
 
 
 class TruncatedVideo(UserError):
@@ -89,12 +94,15 @@ class VideoReader:
         self._last: _Shown | None = None
         self._read_to: dict[int, Fraction] = {}  # stream index: where its packets read so far end, on the stream's own clock
         self._failure = ""
+        self.end = Fraction(0)  # where the last frame decoded so far ends, in seconds from the first frame
         try:
             self._stream = _video_stream(self._container, self.source)
+            self._base = self._stream.time_base or Fraction(1, 90_000)
             self._decoding = self._decode()
-            self._first = next(self._decoding, None)
-            if self._first is None:
+            first = next(self._decoding, None)
+            if first is None:
                 raise UserError(f"{self.source}: no frame of it can be decoded, the file is damaged: fetch or record it again")
+            self._first = first
             self.info = self._describe()
         except BaseException:
             self._container.close()
@@ -104,28 +112,19 @@ class VideoReader:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._decoding.close()
         self._container.close()
-
-    @property
-    def end(self) -> Fraction:
-        """Where the last frame decoded so far ends, in seconds from the first frame."""
-        return self._last.end
 
     def frames(self, start: Fraction) -> Iterator[_Shown]:
         """Frames in shown order, the first of them at or before `start` (the very first frame where none is). To be called once."""
         sought = False
         for back in SEEK_BACK:
-            back = back or 3 * (self._container.format.name in UNINDEXED)
-            target = start - back
+            target = start - (back or 3 * (self._container.format.name in UNINDEXED))
             if target <= self._first.end or not self._container.duration:  # raw streams lose their clock when they seek
                 break
             try:
-                self._container.seek(math.floor((self._origin + target) / self._stream.time_base), stream=self._stream)
-            except av.FFmpegError:  # a pipe, or a stream without an index
+                self._container.seek(math.floor(((self._origin or 0) + target) / self._base), stream=self._stream)
+            except FFmpegError:  # a pipe, or a stream without an index
                 break
             sought, self._last = True, None
             self._decoding.close()
@@ -134,100 +133,97 @@ class VideoReader:
             if landed is not None and landed.start <= start:
                 return itertools.chain([landed], self._decoding)
         if sought:
-            self.close()
+            self.__exit__()
             self._open()
         return itertools.chain([self._first], self._decoding)
 
     def shortfall(self) -> str:
         """After the last frame: why the file counts as cut off, or an empty string where it is whole."""
-        end = f"{float(self.end):.1f} s"
+        end, origin = f"{float(self.end):.1f} s", self._origin or 0
         if self._failure:
             return f"reading failed at {end} ({self._failure})"
-        slack = max(Fraction(1, 5), 2 * min(self._last.end - self._last.start, 1))
+        period = self._last.end - self._last.start if self._last else 0
+        slack = max(Fraction(1, 5), 2 * min(period, 1))
         if self._container.duration and self._read_to and self._container.format.name.startswith(STATES_DURATION):
-            # from the earliest packet of any stream to the end of the last; a longer sound track is no reason to complain
-            first, stated = Fraction(self._container.start_time or 0, av.time_base), Fraction(self._container.duration, av.time_base)
-            if max(self._read_to.values()) < first + stated - slack:
-                return f"the video ends at {end}, but its container states {float(first + stated - self._origin):.1f} s"
-        readable = self._read_to.get(self._stream.index, self._origin) - self._origin
+            # over all streams: a sound track that goes on shows that the file is whole
+            stated = Fraction((self._container.start_time or 0) + self._container.duration, av.time_base)
+            if max(self._read_to.values()) < stated - slack:
+                return f"the video ends at {end}, but its container states {float(stated - origin):.1f} s"
+        readable = self._read_to.get(self._stream.index, origin) - origin
         if self.end < readable - slack:
             return f"nothing can be decoded after {end} of {float(readable):.1f} s"
-        if _cut_off(self._container, self.source):
-            return f"the file breaks off at {end}"
-        return ""
+        return f"the file breaks off at {end}" if _cut_off(self._container, self.source) else ""
 
-    def _decode(self) -> Iterator[_Shown]:
-        """Frames from the current position on. Broken packets are skipped; self._failure says if reading stopped for another reason than the end."""
+    def _decode(self) -> Generator[_Shown, None, None]:
+        """Frames from the current position on. Broken packets are skipped; `_failure` says why where reading stops before the end."""
         failures = 0
         while failures < BROKEN_READS:
             try:
-                # every stream is read, at no cost (they are interleaved): a sound track that goes on shows that the file is whole
-                for packet in self._container.demux():
+                for packet in self._container.demux():  # of all streams, for `shortfall`; they are interleaved, so it costs nothing
                     failures = 0
-                    self._note(packet)
-                    if packet.stream.index == self._stream.index:
+                    stamp, index = packet.dts if packet.pts is None else packet.pts, packet.stream.index
+                    if stamp is not None:
+                        end = (stamp + (packet.duration or 0)) * (packet.time_base or self._base)
+                        self._read_to[index] = max(self._read_to.get(index, end), end)
+                    if index == self._stream.index:
                         yield from self._decode_packet(packet)
                 return
-            except IndexError:  # PyAV's flush at the end trips over streams that appeared on the way (MPEG-TS), after it has flushed this one
+            except IndexError:  # PyAV trips over streams that appeared on the way (MPEG-TS), but only after the end of this one
                 return
-            except av.error.InvalidDataError:  # libav finds the next readable packet by itself when asked again
+            except InvalidDataError:  # libav finds the next readable packet by itself when asked again
                 failures += 1
                 self.broken += 1
-            except av.FFmpegError as error:
-                self._failure = error.strerror or type(error).__name__
+            except FFmpegError as error:
+                self._failure = _reason(error)
                 return
         self._failure = "damaged data"
 
     def _decode_packet(self, packet: av.Packet) -> Iterator[_Shown]:
         try:
             pictures = packet.decode()
-        except av.FFmpegError:
+        except FFmpegError:
             self.broken += 1
             return
         for picture in pictures:
             if picture.is_corrupt and self._origin is not None:  # the frame before it stays on screen
                 self.broken += 1
-                continue
-            yield self._time(picture)
-
-    def _note(self, packet: av.Packet) -> None:
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is None:
-            return
-        end = (stamp + (packet.duration or 0)) * packet.time_base
-        self._read_to[packet.stream.index] = max(self._read_to.get(packet.stream.index, end), end)
+            else:
+                yield self._time(picture)
 
     def _time(self, picture: av.VideoFrame) -> _Shown:
-        base = picture.time_base or self._stream.time_base
-        period = picture.duration * base if picture.duration else 1 / _frame_rate(self._stream, Fraction(25))
+        base = picture.time_base or self._base
+        period = picture.duration * base if picture.duration else 1 / (_frame_rate(self._stream) or Fraction(25))
         last = self._last
-        if picture.pts is None:  # raw streams carry no times
-            start = Fraction(0) if last is None else last.end
-            self._origin = self._origin or Fraction(0)
-        else:
-            stamp = picture.pts * base
-            if self._origin is None:
-                self._origin = stamp
-            start = stamp - self._origin
-            if last is not None and start < last.start - 1:  # the clock was set back: recordings joined end to end
-                self._origin = stamp - last.end
-                start = last.end
+        stamp = self.end if picture.pts is None else picture.pts * base  # raw streams may carry no times
+        if self._origin is None:
+            self._origin = stamp
+        start = stamp - self._origin
         if last is not None:
+            leap = self._container.format.name in UNINDEXED and start > last.end + LEAP
+            if leap or start < last.start - 1:  # the clock was set: recordings joined end to end
+                self._origin, start = stamp - last.end, last.end
+                self._read_to.clear()
             start = max(start, last.start)
-        self._last = _Shown(start, start + period, picture)
+        self._last, self.end = _Shown(start, start + period, picture), start + period
         return self._last
 
     def _describe(self) -> VideoInfo:
-        picture, stream = self._first.picture, self._stream
+        picture, stream, duration = self._first.picture, self._stream, self._container.duration
         height, width = picture.height, picture.width
         if round(picture.rotation / 90) % 2:
             height, width = width, height
-        if stream.duration:
-            duration = float(stream.duration * stream.time_base)
-        else:
-            duration = self._container.duration / av.time_base if self._container.duration else None
-        rate = _frame_rate(stream, None)
-        return VideoInfo(self.source, height, width, duration, rate and float(rate), stream.codec_context.name)
+        seconds = stream.duration * self._base if stream.duration else Fraction(duration, av.time_base) if duration else None
+        rate = _frame_rate(stream)
+        seconds, rate = (None if value is None else float(value) for value in (seconds, rate))
+        return VideoInfo(self.source, height, width, seconds, rate, stream.codec_context.name)
+
+
+def _reason(error: FFmpegError | OSError) -> str:
+    if isinstance(error, InvalidDataError):
+        return "it is not a video, or it is damaged or incomplete"
+    if isinstance(error, ExitError):  # what PyAV makes of its timeouts
+        return "no answer in time"
+    return error.strerror or type(error).__name__
 
 
 def _open_container(source: str):
@@ -242,9 +238,8 @@ def _open_container(source: str):
             raise UserError(f"{source} is empty: fetch or record it again")
     try:
         container = av.open(source, timeout=None if local else NETWORK_TIMEOUT)
-    except (av.FFmpegError, OSError) as error:
-        reason = "it is not a video, or it is damaged or incomplete" if isinstance(error, av.error.InvalidDataError) else error.strerror or str(error)
-        raise UserError(f"{source} cannot be opened ({reason}): give a file that a video player can play") from None
+    except (FFmpegError, OSError) as error:
+        raise UserError(f"{source} cannot be opened ({_reason(error)}): give a file that a video player can play") from None
     if container.format.name in NOT_VIDEO:
         container.close()
         raise UserError(f"{source} is not a video: give a file that a video player can play")
@@ -253,7 +248,7 @@ def _open_container(source: str):
 
 def _video_stream(container, source: str):
     """The first video stream that is not cover art; checks the size that its header states before anything is allocated."""
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise UserError(f"{source} has no video stream (it holds {kinds}): give a file with pictures")
@@ -261,17 +256,13 @@ def _video_stream(container, source: str):
     codec = stream.codec_context
     if codec is None:
         raise UserError(f"{source}: its video codec is unknown, or its header is damaged: convert it to H.264, or fetch it again")
-    height, width = codec.height, codec.width
-    if min(height, width) < FACTOR or max(height, width) > MAX_SIDE:
-        raise UserError(f"{source}: frames of {width} x {height} pixels cannot be used: each side must be {FACTOR} to {MAX_SIDE} pixels")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise UserError(f"{source}: frames of {width} x {height} pixels are too narrow: the sides may differ {MAX_ASPECT}-fold at most, so crop it")
+    check_size(source, codec.height, codec.width)
     stream.thread_type = "AUTO"  # frames in parallel, where the codec can
     return stream
 
 
-def _frame_rate(stream, default: Fraction | None) -> Fraction | None:
-    return stream.average_rate or stream.guessed_rate or default
+def _frame_rate(stream) -> Fraction | None:
+    return stream.average_rate or stream.guessed_rate
 
 
 def _cut_off(container, source: str) -> bool:
@@ -283,11 +274,8 @@ def _cut_off(container, source: str) -> bool:
         with open(source, "rb") as file:
             head = file.read(2 * 188)
         return head[0::188] == b"GG" and size % 188 != 0  # packets of 188 bytes, each begun by 0x47
-    for stream in container.streams:
-        entries = getattr(stream, "index_entries", ())  # absent before PyAV 17
-        if any(entry.pos + entry.size > size for entry in entries[-64:]):
-            return True
-    return False
+    tails = [getattr(stream, "index_entries", ())[-64:] for stream in container.streams]  # absent before PyAV 17
+    return any(entry.pos + entry.size > size for tail in tails for entry in tail)
 
 
 def probe(source: str | os.PathLike) -> VideoInfo:
@@ -299,11 +287,11 @@ def probe(source: str | os.PathLike) -> VideoInfo:
 def read_rounds(
     source: str | os.PathLike,
     *,
-    fps: float,
-    chunk_seconds: float,
+    fps: Number,
+    chunk_seconds: Number,
     max_pixels: int = MAX_PIXELS,
-    start: float = 0.0,
-    duration: float | None = None,
+    start: Number = 0.0,
+    duration: Number | None = None,
     size: tuple[int, int] | None = None,
 ) -> Iterator[Round]:
     """The rounds of a video. Round r shows frame i at t = start + r * chunk_seconds + i / fps: the last frame that begins at or before t.
@@ -332,7 +320,7 @@ def read_rounds(
     return _rounds(reader, size, [i / rate for i in range(count)], chunk, begin, stop)
 
 
-def _exact(name: str, value: float) -> Fraction:
+def _exact(name: str, value: Number) -> Fraction:
     """The fraction meant by a float: 0.1 is a tenth, 1/3 a third."""
     if not math.isfinite(value):
         raise UserError(f"{name} must be a number, not {value}")
@@ -343,22 +331,24 @@ def _rounds(
     reader: VideoReader, size: tuple[int, int], offsets: list[Fraction], chunk: Fraction, start: Fraction, stop: Fraction | None
 ) -> Iterator[Round]:
     with reader:
-        screen = None
+        screen, broken = None, 0
         for index in itertools.count():
             begin = start + index * chunk
             if stop is not None and begin >= stop:
                 return
-            clock, broken = time.perf_counter(), reader.broken
+            clock = time.perf_counter()
             screen = screen or _Screen(reader, start, size)
             if not screen.lit(begin):
                 break
             frames = np.stack([screen.at(begin + offset) for offset in offsets])
-            yield Round(index, float(begin), float(begin + chunk), frames, time.perf_counter() - clock, reader.broken - broken)
+            skipped, broken = reader.broken - broken, reader.broken
+            yield Round(index, float(begin), float(begin + chunk), frames, time.perf_counter() - clock, skipped)
         shortfall = reader.shortfall()
         if shortfall:
             raise TruncatedVideo(f"{reader.source}: {shortfall}: the file is incomplete or damaged, fetch or record it again")
         if index == 0:
-            raise UserError(f"{reader.source} lasts {float(reader.end):.1f} s, so it cannot start at {float(start):g} s: give a smaller --start")
+            lasts = f"{reader.source} lasts {float(reader.end):.1f} s"
+            raise UserError(f"{lasts}, so it cannot start at {float(start):g} s: give a smaller --start")
 
 
 class _Screen:
@@ -387,7 +377,7 @@ class _Screen:
             picture = self._shown.picture
             try:
                 pixels = picture.to_ndarray(format="rgb24")
-            except (av.FFmpegError, ValueError):
+            except (FFmpegError, ValueError):
                 raise UserError(f"{self._source}: pixel format {picture.format.name} cannot be shown: convert the video to H.264") from None
             self._pixels = resize(np.rot90(pixels, round(picture.rotation / 90)), self._size)  # both count anticlockwise
         return self._pixels
@@ -397,15 +387,9 @@ def read_ahead(iterator: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     """The same items, made by a thread that keeps at most `depth` of them ready (and one in the making).
 
     The thread starts with the first item asked for. An exception of `iterator` is raised here, after the items before it. Closing this
-    generator, or dropping it, ends the thread once the item in the making is done, and closes `iterator`.
+    generator, or dropping it, ends the thread once the item in the making is done, and closes `iterator` in the thread.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, not {depth}")
-    return _read_ahead(iterator, depth)
-
-
-def _read_ahead(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue = queue.Queue(max(1, depth))
     stopped = threading.Event()
 
     def work() -> None:
@@ -415,12 +399,13 @@ def _read_ahead(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
                 ready.put((item, False, None))
                 if stopped.is_set():
                     break
-        except BaseException as caught:  # noqa: BLE001  (raised again in the thread that reads)
+        except BaseException as caught:  # raised again in the thread that reads
             error = caught
+        try:
+            getattr(iterator, "close", lambda: None)()
         finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
-            ready.put((None, True, error))
+            if not stopped.is_set():
+                ready.put((None, True, error))
 
     thread = threading.Thread(target=work, name="read-ahead", daemon=True)
     thread.start()
@@ -434,9 +419,7 @@ def _read_ahead(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
             yield item
     finally:
         stopped.set()
-        while thread.is_alive():  # empty the queue: the thread may be waiting for room in it
-            try:
+        patience = time.monotonic() + LEAVE_BEHIND
+        while thread.is_alive() and time.monotonic() < patience:  # empty the queue: the thread may be waiting for room in it
+            with contextlib.suppress(queue.Empty):
                 ready.get(timeout=0.01)
-            except queue.Empty:
-                pass
-        thread.join()

@@ -19,7 +19,7 @@ METRE = 3.6  # pixels of the clip a metre of the pitch covers
 LENGTH, BREADTH = 84.0, 56.0  # metres
 GRASS, MOWN, LINE = (46, 125, 62), (54, 137, 70), (232, 240, 232)
 TEAMS = (((214, 48, 49), (255, 255, 255)), ((38, 76, 190), (255, 255, 255)))  # (shirt, number)
-FORMATION = ((-36, 0), (-24, -13), (-24, 13), (-10, -18), (-9, 1), (-10, 17), (4, -9), (5, 10))  # metres from the centre, own goal on the left
+FORMATION = ((-36, 0), (-24, -13), (-24, 13), (-10, -18), (-9, 1), (-10, 17), (4, -9), (5, 10))  # metres, own goal on the left
 
 
 def sample_path() -> Path:
