@@ -167,6 +167,13 @@ def test_sound_longer_than_the_pictures_is_not_truncation(folder):
         assert len(list(read_rounds(path, fps=2, chunk_seconds=1, **SMALL))) == 2
 
 
+def test_titles_in_any_encoding(folder, ten_seconds):
+    data = ten_seconds.read_bytes()
+    assert b"VideoHandler" in data
+    (folder / "latin.mp4").write_bytes(data.replace(b"VideoHandler", b"Vid\xe9oHandler"))
+    assert probe(folder / "latin.mp4").duration == 10
+
+
 def test_joined_broadcasts_run_on(folder):
     """The second recording's clock starts lower than the first one's ends, the third's a quarter of an hour later."""
     parts = [

@@ -237,7 +237,8 @@ def _open_container(source: str):
         if path.is_file() and path.stat().st_size == 0:
             raise UserError(f"{source} is empty: fetch or record it again")
     try:
-        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT)
+        # titles and the like come in any encoding; they are not used
+        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT, metadata_errors="replace")
     except (FFmpegError, OSError) as error:
         raise UserError(f"{source} cannot be opened ({_reason(error)}): give a file that a video player can play") from None
     if container.format.name in NOT_VIDEO:
