@@ -1,0 +1,85 @@
+"""The contract in plain JAX: what every backend must equal. Any device, any shapes; queries are tiled so that scores stay small."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from svlm_jax.kernels.ring_attention.api import Regions
+
+SCORE_BYTES = 512 << 20  # one tile's float32 scores stay under this
+
+
+def _merge(parts: list[jax.Array], values: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the concatenation of score parts [B, K, G, T, s], without concatenating the values [B, K, s, H]."""
+    peak = jnp.max(jnp.stack([jnp.max(s, axis=-1, initial=-jnp.inf) for s in parts]), axis=0)
+    safe = jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None]
+    weights = [jnp.exp(s - safe) for s in parts]
+    total = sum(jnp.sum(w, axis=-1) for w in weights)
+    out = sum(
+        jnp.einsum("bkgts,bksh->bkgth", w.astype(v.dtype), v, preferred_element_type=jnp.float32) for w, v in zip(weights, values, strict=True)
+    )
+    out = out / jnp.where(total == 0, 1.0, total)[..., None]
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + safe[..., 0])
+    return out, lse
+
+
+def _tile(q, rows, k, v, valid, regions, self_k, self_v, self_valid, scale):
+    """One tile of queries q [B, R, t, N, H], whose first row is row `rows` of the chunk."""
+    batch, copies, length, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(batch, copies, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 3, 1, 4, 2, 5)  # [B, K, R, G, t, H]
+
+    def scores(query, keys):
+        return jnp.einsum("bkgth,bksh->bkgts", query, keys, preferred_element_type=jnp.float32) * scale
+
+    parts, values = [], []
+    if length * heads // kv_heads * copies <= 64:
+        # Few rows: all copies of the query against all keys in one product that reads the cache once.
+        flat = grouped.reshape(batch, kv_heads, -1, length, head_dim)
+        every = scores(flat, k).reshape(batch, kv_heads, copies, -1, length, k.shape[2])
+        cached = jnp.concatenate([every[:, :, r, ..., start:stop] for r, (start, stop) in enumerate(regions)], axis=-1)
+        parts.append(jnp.where(valid[:, None, None, None], cached, -jnp.inf))
+        values.append(v)
+    else:
+        for r, (start, stop) in enumerate(regions):
+            cached = scores(grouped[:, :, r], k[:, :, start:stop])
+            parts.append(jnp.where(valid[:, None, None, None, start:stop], cached, -jnp.inf))
+            values.append(v[:, :, start:stop])
+    if self_k is not None:
+        row = jnp.arange(length)[:, None] + rows
+        mask = (row >= jnp.arange(self_k.shape[2])) & self_valid[:, None]
+        parts.append(jnp.where(mask[:, None, None], scores(grouped[:, :, -1], self_k), -jnp.inf))
+        values.append(self_v)
+    out, lse = _merge(parts, values)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
+    return out, lse.transpose(0, 3, 1, 2).reshape(batch, length, heads)
+
+
+def ring_attention_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array,
+    *,
+    regions: Regions,
+    self_k: jax.Array | None = None,
+    self_v: jax.Array | None = None,
+    self_valid: jax.Array | None = None,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.ring_attention`."""
+    batch, _, length, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    row_bytes = 4 * batch * heads * (k.shape[2] + (0 if self_k is None else length))
+    tiles = min(length, math.ceil(length * row_bytes / SCORE_BYTES))
+    while length % tiles:
+        tiles += 1
+    if tiles == 1:
+        return _tile(q, 0, k, v, valid, regions, self_k, self_v, self_valid, scale)
+    size = length // tiles
+    stacked = jnp.moveaxis(q.reshape(*q.shape[:2], tiles, size, heads, head_dim), 2, 0)
+    out, lse = jax.lax.map(
+        lambda tile: _tile(tile[1], tile[0] * size, k, v, valid, regions, self_k, self_v, self_valid, scale), (jnp.arange(tiles), stacked)
+    )
+    return jnp.moveaxis(out, 0, 1).reshape(batch, length, heads, head_dim), jnp.moveaxis(lse, 0, 1).reshape(batch, length, heads)

@@ -1,0 +1,214 @@
+"""Drivers of the round: the live one, a call a second, and the scan, many rounds in one program. Both run the same two functions.
+
+Nothing on the host grows with the stream: for each row a count of rounds, a few words where a mode needs them, and a key.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from svlm_jax.config import ModelConfig, StreamConfig
+from svlm_jax.errors import UserError
+from svlm_jax.streaming.layout import StreamSpec
+from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, spoken_ids, time_capacity
+from svlm_jax.streaming.state import Prompt, StreamState, Turn, init_state
+from svlm_jax.streaming.step import compiled, decode, ingest
+from svlm_jax.tokenizer import Tokenizer
+from svlm_jax.types import Array, Key, Params, UInt8
+
+
+def make_spec(
+    model: ModelConfig, stream: StreamConfig, tokenizer: Tokenizer, *, height: int, width: int, watch: Sequence[int] = ()
+) -> StreamSpec:
+    """All static settings of an engine, with rooms sized by the tokenizer."""
+    return StreamSpec(
+        model=model,
+        stream=stream,
+        prompt=PromptLayout.from_tokenizer(tokenizer),
+        height=height,
+        width=width,
+        time_capacity=time_capacity(tokenizer),
+        query_capacity=len(encode_query(tokenizer, stream.query)),
+        initial_words=len(encode_words(tokenizer, stream.previous_text)),
+        watch=tuple(watch),
+    )
+
+
+def scan_rounds(
+    params: Params, state: StreamState, frames: UInt8[Array, "rounds B F 3 height width"], prompts: Prompt, key: Key[Array, "B"]
+) -> tuple[StreamState, Turn]:
+    """Many rounds in one program: `lax.scan` over frame steps, each the body of the live loop.
+
+    Every array of `prompts` has a leading axis of rounds, and so has every array of the turns that come back. A first
+    round, whose prompt has a query, is a program of another shape: run it before.
+    """
+
+    def round(state: StreamState, inputs: tuple[Array, Prompt]) -> tuple[StreamState, Turn]:
+        state, _ = ingest(params, state, *inputs, key)
+        return decode(params, state, key)
+
+    return jax.lax.scan(round, state, (frames, prompts))
+
+
+scan_compiled = jax.jit(scan_rounds, donate_argnames="state")
+
+
+@dataclasses.dataclass
+class _Row:
+    """What the host remembers of one open stream."""
+
+    age: int = 0
+    words: int = 0  # tokens put into the previous text, where that is bounded by a capacity
+    recent: collections.deque[list[int]] = dataclasses.field(default_factory=collections.deque)  # turns not yet in it
+    memory: list[int] = dataclasses.field(default_factory=list)  # mode "windows": the previous text of the next window
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round in flight: its results are on their way from the device."""
+
+    first: Array  # int32 [B], the first tokens
+    turn: Turn
+    rows: tuple[int, ...]
+
+    def tokens(self) -> dict[int, list[int]]:
+        """Each active row's sampled tokens; waits for the device."""
+        ids, length = np.asarray(self.turn.tokens), np.asarray(self.turn.length)
+        return {row: ids[row, : length[row]].tolist() for row in self.rows}
+
+
+class Engine:
+    """B streams in lock step on one set of compiled programs.
+
+    Streams open and close between rounds, in any row, and no program is compiled anew for it.
+    """
+
+    def __init__(self, params: Params, spec: StreamSpec, tokenizer: Tokenizer, *, streams: int = 1, dtype=None, state: StreamState | None = None):
+        self.params, self.spec, self.tokenizer = params, spec, tokenizer
+        self.state = init_state(spec, streams, dtype or jax.tree.leaves(params)[0].dtype) if state is None else state
+        self._keys = [jax.random.key(spec.stream.seed) for _ in range(streams)]
+        self._key = jnp.stack(self._keys)
+        self._rows: dict[int, _Row] = {}
+        self._query = encode_query(tokenizer, spec.stream.query)
+
+    @property
+    def streams(self) -> int:
+        return len(self._keys)
+
+    @property
+    def open_rows(self) -> tuple[int, ...]:
+        return tuple(sorted(self._rows))
+
+    def open(self, row: int = 0, *, previous_text: str | None = None, seed: int | None = None) -> None:
+        """Starts a new stream in `row`; its first round is the next one. Raises UserError if the text does not fit."""
+        text = self.spec.stream.previous_text if previous_text is None else previous_text
+        self._keys[row] = jax.random.key(self.spec.stream.seed if seed is None else seed)
+        self._key = jnp.stack(self._keys)
+        words = list(encode_words(self.tokenizer, text))
+        self._rows[row] = _Row(words=len(words), memory=words)
+        self._open(row, words)
+
+    def _open(self, row: int, words: list[int]) -> None:
+        capacity = self.spec.cache.words_capacity
+        if len(words) > capacity:
+            raise UserError(f"the previous text has {len(words)} tokens and {capacity} fit: shorten it or raise --text-sink or --text-sliding")
+        padded = np.zeros(capacity, np.int32)
+        padded[: len(words)] = words
+        self.state = compiled["open_stream"](self.params, self.state, np.int32(row), padded, np.int32(len(words)))
+
+    def close(self, row: int = 0) -> None:
+        """Ends the stream in `row` and empties it."""
+        del self._rows[row]
+        self.state = compiled["close_stream"](self.state, np.int32(row))
+
+    def prompt(self, times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None) -> Prompt:
+        """The arrays of one round from each open row's (start, end) in seconds, and questions in mid-stream."""
+        spec, streams = self.spec, self.streams
+        if set(times) != set(self._rows):
+            raise ValueError(f"rows {sorted(self._rows)} are open, but times are given for {sorted(times)}")
+
+        def ragged(ids: Mapping[int, Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+            padded, length = np.zeros((streams, size), np.int32), np.zeros(streams, np.int32)
+            for row, tokens in ids.items():
+                padded[row, : len(tokens)], length[row] = tokens, len(tokens)
+            return padded, length
+
+        time, time_length = ragged({row: encode_time(self.tokenizer, *t) for row, t in times.items()}, spec.time_capacity)
+        active = np.zeros(streams, bool)
+        active[list(times)] = True
+        question = question_length = query = query_length = None
+        if questions:
+            asked = {row: encode_query(self.tokenizer, text) for row, text in questions.items()}
+            for row, ids in asked.items():
+                if len(ids) > spec.stream.question_capacity:
+                    raise UserError(f"the question of stream {row} has {len(ids)} tokens and {spec.stream.question_capacity} fit: shorten it")
+            question, question_length = ragged(asked, spec.stream.question_capacity)
+        if self._query and any(self._rows[row].age == 0 for row in times):
+            query, query_length = ragged({row: self._query for row in times if self._rows[row].age == 0}, spec.query_capacity)
+        return Prompt(time, time_length, active, question, question_length, query, query_length)
+
+    def ingest(self, frames: UInt8[Array, "B F 3 height width"], prompt: Prompt) -> Array:
+        """A round up to its first tokens, int32 [B]; enqueued, not awaited."""
+        for row in self._rows.values():
+            self._check_capacity(row)
+        self.state, first = compiled["ingest"](self.params, self.state, frames, prompt, self._key)
+        return first
+
+    def decode(self) -> Turn:
+        """The rest of the round; enqueued, not awaited."""
+        self.state, turn = compiled["decode"](self.params, self.state, self._key)
+        for row in self._rows.values():
+            row.age += 1
+        return turn
+
+    def step(
+        self, frames: UInt8[Array, "B F 3 height width"], times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None
+    ) -> Round:
+        """One round: both programs enqueued back to back. The host may prepare the next round while the device works."""
+        if self.spec.stream.mode == "windows":
+            self._restart_windows()
+        prompt = self.prompt(times, questions)
+        first = self.ingest(frames, prompt)
+        first.copy_to_host_async()
+        turn = self.decode()
+        jax.tree.map(lambda a: a.copy_to_host_async(), turn)
+        return Round(first, turn, tuple(sorted(times)))
+
+    def note(self, tokens: Mapping[int, Sequence[int]]) -> None:
+        """Tells the engine what a round said; needed where words are bounded by a capacity, or carried by the host ("windows")."""
+        s = self.spec.stream
+        for row_index, ids in tokens.items():
+            row = self._rows[row_index]
+            words = list(ids)[:-2] if ids and ids[-1] == self.spec.prompt.im_end else list(ids)[:-1]
+            if s.mode == "windows":
+                row.memory += words
+                if s.text_sink is not None and s.text_sliding is not None and len(row.memory) > s.text_sink + s.text_sliding - 1:
+                    row.memory = row.memory[: s.text_sink] + row.memory[len(row.memory) - s.text_sliding + 1 :]
+            elif s.mode != "full" and s.text_sink is None:
+                row.words += len(words)
+
+    def _restart_windows(self) -> None:
+        """Mode "windows": a full window starts anew with the system prompt and the previous text, cut as in training."""
+        for index, row in self._rows.items():
+            if row.age and row.age % self.spec.cache.vision_window == 0:
+                self._open(index, row.memory)
+                row.age = 0
+
+    def _check_capacity(self, row: _Row) -> None:
+        s = self.spec.stream
+        if s.mode == "full" and row.age >= s.capacity_rounds:
+            raise UserError(
+                f"--mode full holds {s.capacity_rounds} rounds and this stream has reached them: raise --capacity-rounds or use --mode streaming"
+            )
+        if s.mode in ("streaming", "recompute") and s.text_sink is None and row.words > self.spec.cache.sink:
+            raise UserError(
+                f"the previous text has outgrown its {self.spec.cache.sink} tokens: set --text-sink and --text-sliding, or raise --text-capacity"
+            )
+
+    def spoken(self, tokens: Sequence[int]) -> str:
+        """The words of a turn, without ` ...` and structural tokens."""
+        return self.tokenizer.decode(spoken_ids(tokens, self.spec.prompt)).strip()

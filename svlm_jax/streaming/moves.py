@@ -1,0 +1,190 @@
+"""Carrying out an eviction: shifts of regions, runs of slots that change place, and words that join the previous text.
+
+All blocks are read before any is written, with a barrier between: a TPU compiler otherwise copies every buffer that is
+both read and written. Streams share the rooms' indices, so a round's blocks move for all streams at once; only the
+places of words differ, and those are written stream by stream.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from svlm_jax.model.rope import Rotation, rotate, shift_rotation
+from svlm_jax.streaming.layout import CacheLayout, Field
+from svlm_jax.streaming.state import StreamState
+from svlm_jax.types import Array, Bool, Int
+
+if TYPE_CHECKING:
+    from svlm_jax.streaming.evict import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A run of slots that changes place, at the same slots in every stream."""
+
+    source: Int[Array, ""]
+    target: Int[Array, ""]
+    size: int
+    delta: Int[Array, "B"]  # change of the coordinate u
+    keep: Bool[Array, "B size"]  # which of them are valid at the target
+
+
+class Words(NamedTuple):
+    """How the previous text changes. Word n of a stream stands in the sink, or in the ring at (n - sink) mod ring."""
+
+    source: Int[Array, ""]  # first slot of the leaving turn's words
+    sink: Int[Array, "B sink"]  # which of the turn's words each sink slot takes; -1: none
+    ring: Int[Array, "B ring"]
+    delta: Int[Array, "B M-1"]  # change of coordinate of each of the turn's words
+    growth: Int[Array, "B"]  # positions that all behind the previous text move right
+    cut: Int[Array, "B"]  # positions that the ring's words move left
+
+
+def _words(state: StreamState, plan: "Plan") -> Words:
+    spec, cache, unit = state.spec, state.spec.cache, state.spec.unit
+    sink, ring, count = cache.sink, cache.ring, plan.words
+    before, after = state.words, state.words + count
+
+    seen = jnp.sum(state.valid & cache.roles(Field.SINK_WORD, Field.SPILL, Field.RING_WORD), axis=1, dtype=jnp.int32)
+    kept = jnp.minimum(after, sink) + jnp.clip(after - sink, 0, ring)
+    cut = jnp.where(state.age > 0, seen + count - kept, 0)
+
+    place = jnp.arange(sink)
+    into_sink = jnp.where((place >= before[:, None]) & (place < after[:, None]), place - before[:, None], -1)
+    into_ring = jnp.zeros((count.shape[0], 0), jnp.int32)
+    if ring:
+        last = after[:, None] - 1
+        newest = last - jnp.mod(last - sink - jnp.arange(ring), ring)  # the newest word that this place can hold
+        into_ring = jnp.where(newest >= jnp.maximum(before, sink)[:, None], newest - before[:, None], -1)
+
+    source = plan.words_ring.slot(Field.GENERATED, plan.words_room)
+    size = spec.stream.max_new_tokens - 1
+    old = jax.lax.dynamic_slice_in_dim(state.coordinates[:, 0], source, size, axis=1) if size else state.coordinates[:, 0, :0]
+    index = jnp.arange(size)
+    closing = state.coordinates[:, 0, cache.closing_slot][:, None]  # where the first word goes; SINK never shifts
+    # A word of the ring moves left by the cut, and the ring's shift takes that back: u' is the same with and without it
+    in_ring = before[:, None] + index >= sink
+    new = closing + index * unit + jnp.where(in_ring, state.shift[:, cache.words_region][:, None], 0)
+    delta = new - old
+    if spec.stream.positions == "append":
+        delta = jnp.zeros_like(delta)
+    return Words(source, into_sink, into_ring, delta, (count - cut) * unit, cut * unit)
+
+
+def _windows(cache: CacheLayout, before: Int[Array, ""], size: int) -> list[tuple[Int[Array, ""], int, bool]]:
+    """(first place, places, in the ring) of the runs that hold a turn's new words: in the sink, and in the ring up to its seam and behind it."""
+    runs = []
+    if cache.sink and size:
+        run = min(size, cache.sink)
+        runs.append((jnp.clip(before, 0, cache.sink - run), run, False))
+    if cache.ring and size:
+        run = min(size, cache.ring)
+        first = jnp.mod(jnp.maximum(before - cache.sink, 0), cache.ring)
+        runs.append((jnp.minimum(first, cache.ring - run), run, True))
+        if run < cache.ring:
+            runs.append((jnp.zeros((), jnp.int32), run, True))
+    return runs
+
+
+def _put_words(cache: CacheLayout, x: Array, block: Array, words: Words, before: Int[Array, "B"]) -> Array:
+    """`block` [B, K, M-1, H], the turn's words as they will be kept, into x [B, K, S, H]."""
+    for b in range(x.shape[0]):
+        for first, run, in_ring in _windows(cache, before[b], block.shape[2]):
+            places = words.ring[b] if in_ring else words.sink[b]
+            take = jax.lax.dynamic_slice_in_dim(places, first, run)
+            at = (b, 0, first + (cache.words_start if in_ring else cache.header), 0)
+            old = jax.lax.dynamic_slice(x, at, (1, x.shape[1], run, x.shape[3]))
+            new = jnp.take(block[b : b + 1], jnp.maximum(take, 0), axis=2)
+            x = jax.lax.dynamic_update_slice(x, jnp.where((take >= 0)[:, None], new, old), at)
+    return x
+
+
+def _turned(block: Array, rotation: Rotation | None) -> Array:
+    return block if rotation is None else rotate(block, rotation)
+
+
+def relocate(state: StreamState, plan: "Plan") -> StreamState:
+    """Clears what leaves, moves what moves, and updates every shift."""
+    spec, cache, t = state.spec, state.spec.cache, state.spec.model.text
+    append = spec.stream.positions == "append"
+    words = _words(state, plan)
+    size = words.delta.shape[1]
+
+    def turning(delta: Int[Array, "..."]) -> Rotation | None:
+        if append:
+            return None
+        return shift_rotation(delta, head_dim=t.head_dim or 0, theta=t.rope_theta, denominator=spec.unit)
+
+    def over_heads(rotation: Rotation | None) -> Rotation | None:
+        return rotation and Rotation(*(a.reshape(a.shape[0], 1, -1, a.shape[-1]) for a in rotation))
+
+    closing = slice(cache.closing_slot, cache.closing_slot + len(spec.prompt.block_close))
+    word_turn, closing_turn = over_heads(turning(words.delta)), over_heads(turning(words.growth))
+    move_turns = [over_heads(turning(move.delta)) for move in plan.moves]
+
+    def read(x: Array, turns: bool) -> tuple[list[Array], Array, Array]:
+        """[blocks of moves], the words' block, the closing tokens: as they will be kept."""
+        blocks = [
+            _turned(jax.lax.dynamic_slice_in_dim(x, m.source, m.size, axis=2), r if turns else None)
+            for m, r in zip(plan.moves, move_turns, strict=True)
+        ]
+        said = _turned(jax.lax.dynamic_slice_in_dim(x, words.source, size, axis=2), word_turn if turns else None)
+        return blocks, said, _turned(x[:, :, closing], closing_turn if turns else None)
+
+    def write(x: Array, blocks: tuple[list[Array], Array, Array], turns: bool) -> Array:
+        moved, said, closed = blocks
+        for move, block in zip(plan.moves, moved, strict=True):
+            x = jax.lax.dynamic_update_slice_in_dim(x, block, move.target, axis=2)
+        x = _put_words(cache, x, said, words, state.words)
+        return x.at[:, :, closing].set(closed) if turns and not append else x
+
+    # In recompute mode keys and values are made anew every round: what moves is the embedding
+    rewritten = {"embeddings": False} if state.embeddings else {"k": True, "v": False}
+    arrays = {name: getattr(state, name) for name in rewritten}
+    blocks = {name: [read(x, rewritten[name]) for x in layers] for name, layers in arrays.items()}
+    blocks = jax.lax.optimization_barrier(blocks)
+    changed = {
+        name: tuple(write(x, block, rewritten[name]) for x, block in zip(layers, blocks[name], strict=True)) for name, layers in arrays.items()
+    }
+
+    # Facts of the slots
+    first_round = (state.age == 0)[:, None]
+    valid = state.valid & ~plan.gone & (first_round | ~cache.roles(Field.SPILL))
+    tokens, coordinates = state.tokens, state.coordinates
+    for move in plan.moves:
+        valid = jax.lax.dynamic_update_slice_in_dim(valid, move.keep, move.target, axis=1)
+        took = jax.lax.dynamic_slice_in_dim(state.tokens, move.source, move.size, axis=1)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, took, move.target, axis=1)
+        u = jax.lax.dynamic_slice_in_dim(state.coordinates, move.source, move.size, axis=2)
+        u = u if append else u + move.delta[:, None, None]
+        coordinates = jax.lax.dynamic_update_slice_in_dim(coordinates, u, move.target, axis=2)
+    if size:
+        said = jax.lax.dynamic_slice_in_dim(state.tokens, words.source, size, axis=1)
+        u = jax.lax.dynamic_slice_in_dim(state.coordinates[:, 0], words.source, size, axis=1) + words.delta
+        for places, start in ((words.sink, cache.header), (words.ring, cache.words_start)):
+            at, take = slice(start, start + places.shape[1]), jnp.maximum(places, 0)
+            fresh = places >= 0
+            valid = valid.at[:, at].set(valid[:, at] | fresh)
+            tokens = tokens.at[:, at].set(jnp.where(fresh, jnp.take_along_axis(said, take, axis=1), tokens[:, at]))
+            word_u = jnp.take_along_axis(u, take, axis=1)[:, None]
+            coordinates = coordinates.at[:, :, at].set(jnp.where(fresh[:, None], word_u, coordinates[:, :, at]))
+
+    shift, next_position = state.shift, state.next_position
+    if not append:
+        coordinates = coordinates.at[:, :, closing].add(words.growth[:, None, None])
+        if cache.ring:
+            shift = shift.at[:, cache.words_region].add(words.cut)
+        for region, entry in plan.entries.items():
+            shift = shift.at[:, region].add(-(words.growth + entry))
+        next_position = next_position + words.growth + plan.entries[cache.rounds.region]
+    return state.replace(
+        **changed,
+        valid=valid,
+        tokens=tokens,
+        coordinates=coordinates,
+        shift=shift,
+        next_position=next_position,
+        words=state.words + plan.words,
+    )

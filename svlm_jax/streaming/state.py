@@ -1,0 +1,103 @@
+"""The state of a batch of streams: everything that one round leaves for the next, at fixed shapes for ever."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from svlm_jax.streaming.layout import StreamSpec
+from svlm_jax.types import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamState:
+    """Donated to every step and returned by it. B streams in lock step: a room's index is the same for all of them.
+
+    The cache stores facts: masks, orders and positions derive from them. A slot counts if and only if it is valid.
+    """
+
+    k: tuple[Float[Array, "B K S H"], ...]  # one array a layer: keys, rotated at the coordinate u they were written with
+    v: tuple[Float[Array, "B K S H"], ...]
+    embeddings: tuple[Float[Array, "B 1 S D"], ...]  # mode "recompute" only: what each slot's token looked like; else empty
+    valid: Bool[Array, "B S"]
+    tokens: Int[Array, "B S"]
+    coordinates: Int[Array, "B 3 S"]  # u, in units of 1/unit; position p = u - shift of the slot's region
+    shift: Int[Array, "B R"]  # each region's D, in the same units
+    next_position: Int[Array, "B"]  # first free position, in the same units
+    words: Int[Array, "B"]  # words ever put into the previous text
+    round: Int[Array, ""]  # rounds of the engine so far; ring indices come from it
+    age: Int[Array, "B"]  # rounds of each stream so far
+    turn: Int[Array, "B M"]  # tokens sampled in the current turn
+    turn_length: Int[Array, "B"]
+    done: Bool[Array, "B"]  # whether the current turn is closed or cut, or the stream is not active
+    seen: Bool[Array, "B V"]  # ids visible or sampled in this turn (for the repetition penalty)
+    watched: Float[Array, "B M W"]  # raw logits of `spec.watch` at every step of the turn
+    spec: StreamSpec = dataclasses.field(metadata={"static": True})
+
+    def replace(self, **changes: Any) -> "StreamState":
+        return dataclasses.replace(self, **changes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a round is told, besides its frames. Absent question or query arrays make a shorter program."""
+
+    time: Int[Array, "B time_capacity"]
+    time_length: Int[Array, "B"]
+    active: Bool[Array, "B"]  # streams that take part; every open stream must
+    question: Int[Array, "B question_capacity"] | None = None  # before the clip
+    question_length: Int[Array, "B"] | None = None
+    query: Int[Array, "B query_capacity"] | None = None  # after the clip; a stream's first round only
+    query_length: Int[Array, "B"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What one round said."""
+
+    tokens: Int[Array, "B M"]
+    length: Int[Array, "B"]  # tokens sampled; the rest of `tokens` is 0
+    watched: Float[Array, "B M W"]
+    cached: Int[Array, "B"]  # valid slots at the end of the turn
+
+
+def state_shapes(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> StreamState:
+    """The state as `jax.ShapeDtypeStruct`s: what `init_state` would allocate."""
+    return jax.eval_shape(lambda: init_state(spec, streams, dtype))
+
+
+def init_state(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> StreamState:
+    """No stream is open: `open_stream` opens a row. `dtype` is that of keys and values."""
+    t, cache, layers = spec.model.text, spec.cache, spec.model.text.num_hidden_layers
+    recompute = spec.stream.mode == "recompute"
+    budget = spec.stream.max_new_tokens
+
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+        return jnp.zeros(shape, dtype)
+
+    def keys() -> tuple[Array, ...]:
+        return tuple(zeros(streams, t.num_key_value_heads, cache.slots, t.head_dim or 0, dtype=dtype) for _ in range(layers))
+
+    return StreamState(
+        k=keys(),
+        v=keys(),
+        embeddings=(zeros(streams, 1, cache.slots, t.hidden_size, dtype=dtype),) if recompute else (),
+        valid=zeros(streams, cache.slots, dtype=jnp.bool_),
+        tokens=zeros(streams, cache.slots),
+        coordinates=zeros(streams, 3, cache.slots),
+        shift=zeros(streams, len(cache.regions)),
+        next_position=zeros(streams),
+        words=zeros(streams),
+        round=zeros(),
+        age=zeros(streams),
+        turn=zeros(streams, budget),
+        turn_length=zeros(streams),
+        done=jnp.ones((streams,), jnp.bool_),
+        seen=zeros(streams, t.vocab_size, dtype=jnp.bool_),
+        watched=zeros(streams, budget, len(spec.watch), dtype=jnp.float32),
+        spec=spec,
+    )
