@@ -38,7 +38,10 @@ class Piece:
 
     def export(self, parameter: np.ndarray) -> np.ndarray:
         """The source tensor, out of the whole parameter."""
-        block = parameter[self.index] if self.index else parameter
+        return self.export_block(parameter[self.index] if self.index else parameter)
+
+    def export_block(self, block: np.ndarray) -> np.ndarray:
+        """The source tensor, out of the block that it fills."""
         return np.ascontiguousarray(block.transpose(np.argsort(self.order))).reshape(self.source_shape)
 
 

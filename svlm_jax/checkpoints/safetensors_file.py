@@ -1,0 +1,145 @@
+"""The safetensors format, read by byte range and written tensor by tensor: no file is ever in memory as a whole.
+
+    8 bytes      length n of the header, little-endian
+    n bytes      JSON: {name: {"dtype", "shape", "data_offsets": [start, end]}, "__metadata__": {text: text}}
+    the rest     the tensors' bytes, little-endian, row-major, without gaps
+
+(https://github.com/huggingface/safetensors, "Format")
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from svlm_jax.errors import UserError
+
+FLOATS = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+WRITTEN_AT_ONCE = 64 << 20  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies. Its name is as the file spells it."""
+
+    name: str
+    dtype: str  # the format's word: BF16, F32, ...
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # bytes from the start of the file
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Every tensor of `file` by name. UserError where the file is cut short, or is not safetensors at all."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as source:
+            head = source.read(8)
+            length = int.from_bytes(head, "little")
+            if head == b"version ":
+                raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file itself")
+            if size < 8 or (length <= LONGEST_HEADER and size < 8 + length):
+                raise UserError(f"{file} is cut short within its header ({size} bytes): download it again")
+            if length > LONGEST_HEADER:
+                raise UserError(f"{file} is not a safetensors file: download it again")
+            header = json.loads(source.read(length))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}): check that it exists and that you may read it") from error
+    except ValueError as error:
+        raise UserError(f"{file} has a header that is not JSON: download it again") from error
+    try:
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a header that does not follow the safetensors format: download it again") from error
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != end:
+            raise UserError(f"{file} has a header whose byte ranges overlap or leave gaps at {tensor.name}: download it again")
+        end += tensor.nbytes
+    if size != end:
+        state = "cut short" if size < end else "longer than its header says"
+        raise UserError(f"{file} is {state} ({size} bytes of {end}): download it again")
+    return tensors
+
+
+def _stored(name: str, entry: dict, file: Path, data: int) -> Stored:
+    start, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(n) for n in entry["shape"])
+    if start < 0 or end < start or min(shape, default=0) < 0:
+        raise ValueError(name)
+    if entry["dtype"] in FLOATS and end - start != math.prod(shape) * FLOATS[entry["dtype"]].itemsize:
+        raise ValueError(name)
+    return Stored(name, str(entry["dtype"]), shape, file, data + start, end - start)
+
+
+class Mapped:
+    """Read-only views of tensors in files. Only the bytes that are touched are read, and `release` forgets them again."""
+
+    def __init__(self):
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def tensor(self, stored: Stored) -> np.ndarray:
+        """The tensor, as unsigned integers of its width: NumPy copies those several times faster than its extension types."""
+        width = FLOATS[stored.dtype].itemsize
+        if not stored.nbytes:
+            return np.empty(stored.shape, f"<u{width}")
+        if stored.file not in self._maps:
+            with open(stored.file, "rb") as source:
+                self._maps[stored.file] = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(self._maps[stored.file], f"<u{width}", stored.nbytes // width, stored.start)
+        return flat.reshape(stored.shape)
+
+    def release(self, stored: Stored) -> None:
+        """Takes the tensor's pages out of this process's memory; a later view reads them again."""
+        if stored.file in self._maps and hasattr(mmap, "MADV_DONTNEED"):  # a hint: Windows has none, and does without
+            first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = stored.start + stored.nbytes - first
+            if length > 0:
+                self._maps[stored.file].madvise(mmap.MADV_DONTNEED, first, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str  # the format's word
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
+
+
+def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]) -> None:
+    """Writes `tensors`, whose `values` are asked for one at a time and in the same order."""
+    header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
+    with open(file, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for tensor, value in zip(tensors, values, strict=True):
+            assert value.shape == tensor.shape and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
+            raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            for start in range(0, raw.size, WRITTEN_AT_ONCE):
+                target.write(raw[start : start + WRITTEN_AT_ONCE].data)
+        target.flush()
+        os.fsync(target.fileno())

@@ -1,0 +1,124 @@
+"""Writes a Hugging Face checkpoint that transformers and vLLM load: the name table read backwards."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from svlm_jax.checkpoints.hub_config import TokenIds, write_config
+from svlm_jax.checkpoints.names import Piece, name_table
+from svlm_jax.checkpoints.plan import INDEX, SINGLE, leaves
+from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, write_file
+from svlm_jax.config import ModelConfig
+from svlm_jax.errors import UserError
+from svlm_jax.model.qwen_vl import abstract_params, is_stacked
+from svlm_jax.tokenizer import Tokenizer
+from svlm_jax.types import Params
+
+COMPANIONS = (  # beside the weights: tokenizer, prompt template, image processor, sampling defaults, terms
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    *("generation_config.json", "LICENSE"),
+)
+
+
+def save_params(
+    params: Params,
+    config: ModelConfig,
+    path: str | Path,
+    *,
+    tokenizer_files_from: str | Path | None = None,
+    shard_bytes: float = 5e9,
+) -> Path:
+    """Writes the parameters, stacked or not, as directory `path`: Hub names, safetensors, config.json, tokenizer files.
+
+    All is written beside `path` and renamed at the end: `path` is whole or not there. The host holds one tensor at a time.
+
+    Args:
+      tokenizer_files_from: a checkpoint's directory whose tokenizer, template, processor and generation files are copied, and
+        whose token ids config.json states; without one, Qwen2.5-VL's ids are stated and no file is copied.
+      shard_bytes: a file's size at most, unless one tensor alone is larger.
+
+    Raises UserError where `path` exists, or cannot be written, or parameters and config do not match.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another directory, or remove it first")
+    dtype = _check(params, config)
+    source = None if tokenizer_files_from is None else Path(tokenizer_files_from)
+    described = write_config(config, TokenIds.of(Tokenizer.load(source)) if source else None, dtype=dtype.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = folder.parent / f".{folder.name}.{os.getpid()}.part"
+        staging.mkdir()
+        try:
+            _write_weights(params, config, staging, dtype, shard_bytes)
+            _write_json(staging / "config.json", described)
+            for name in COMPANIONS:
+                if source is not None and (source / name).is_file():
+                    shutil.copyfile(source / name, staging / name)
+            os.rename(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): check the disk's space and permissions") from error
+    return folder
+
+
+def _check(params: Params, config: ModelConfig) -> np.dtype:
+    """The dtype of all parameters. UserError where they are not those of `config`, or of more dtypes than one."""
+    have, want = dict(leaves(params)), dict(leaves(abstract_params(config, stacked=is_stacked(params))))
+    for place in want.keys() | have.keys():
+        dotted = ".".join(map(str, place))
+        if place not in have or place not in want:
+            state = "not in the config" if place in have else "missing"
+            raise UserError(f"parameter {dotted} is {state}: save with the model's own config")
+        if have[place].shape != want[place].shape:
+            raise UserError(f"parameter {dotted} has shape {have[place].shape}, the config wants {want[place].shape}")
+    dtypes = {np.dtype(leaf.dtype) for leaf in have.values()}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS.values()):
+        raise UserError(f"parameters of {', '.join(sorted(d.name for d in dtypes))} cannot be saved: make them one floating-point type")
+    return dtypes.pop()
+
+
+def _write_weights(params: Params, config: ModelConfig, folder: Path, dtype: np.dtype, shard_bytes: float) -> None:
+    word = next(word for word, floats in FLOATS.items() if floats == dtype)
+    pieces = name_table(config, stacked=is_stacked(params))
+    sizes = [math.prod(piece.source_shape) * dtype.itemsize for piece in pieces]
+    shards: list[list[Piece]] = [[]]
+    held = 0
+    for piece, size in zip(pieces, sizes, strict=True):
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(piece)
+        held += size
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    parameters = dict(leaves(params))
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, [Outgoing(p.name, word, p.source_shape) for p in shard], _values(shard, parameters))
+    if len(shards) > 1:
+        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _values(pieces: list[Piece], parameters: dict[tuple, Any]) -> Iterator[np.ndarray]:
+    """The tensors, one after the other."""
+    for piece in pieces:
+        leaf, index = parameters[piece.path], piece.index
+        if index and isinstance(index[0], int):  # one layer of a stacked parameter; on its own, it is compiled once for all layers
+            leaf, index = leaf[index[0]], index[1:]
+        # A copy, because an array that is read keeps what was read on the host for as long as it lives.
+        block = leaf[index] if index else jnp.array(leaf, copy=True)
+        yield piece.export_block(np.asarray(block))
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
