@@ -65,9 +65,11 @@ def _move(state: StreamState, target: Ring, dropped: Bool[Array, "B S"], delta: 
     source = state.spec.cache.rounds
     round = state.round - source.horizon
     start, size = source.slot(fields[0], source.room(round)), source.size(*fields)
-    leaves = state.age == source.horizon if fields[0] is Field.QUERY else state.age >= source.horizon
+    # A ring of rooms has a free room for the round; the query has one place in a ring, which an older one may still hold
+    query = fields[0] is Field.QUERY
+    leaves = state.age == source.horizon if query else state.age >= source.horizon
     keep = jax.lax.dynamic_slice_in_dim(state.valid & ~dropped, start, size, axis=1) & leaves[:, None]
-    return Move(start, target.slot(fields[0], target.room(round)), size, delta, keep)
+    return Move(start, target.slot(fields[0], target.room(round)), size, delta, keep, leaves if query else None)
 
 
 def _equal_windows(state: StreamState) -> Plan:

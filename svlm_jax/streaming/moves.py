@@ -29,6 +29,14 @@ class Move:
     size: int
     delta: Int[Array, "B"]  # change of the coordinate u
     keep: Bool[Array, "B size"]  # which of them are valid at the target
+    goes: Bool[Array, "B"] | None = None  # streams whose slots move; None: the target is free in all others
+
+    def write(self, x: Array, block: Array, axis: int) -> Array:
+        """`block` to the target, where this stream's slots move."""
+        if self.goes is not None:
+            goes = self.goes.reshape(-1, *(1,) * (x.ndim - 1))
+            block = jnp.where(goes, block, jax.lax.dynamic_slice_in_dim(x, self.target, self.size, axis))
+        return jax.lax.dynamic_update_slice_in_dim(x, block, self.target, axis)
 
 
 class Words(NamedTuple):
@@ -136,7 +144,7 @@ def relocate(state: StreamState, plan: "Plan") -> StreamState:
     def write(x: Array, blocks: tuple[list[Array], Array, Array], turns: bool) -> Array:
         moved, said, closed = blocks
         for move, block in zip(plan.moves, moved, strict=True):
-            x = jax.lax.dynamic_update_slice_in_dim(x, block, move.target, axis=2)
+            x = move.write(x, block, 2)
         x = _put_words(cache, x, said, words, state.words)
         return x.at[:, :, closing].set(closed) if turns and not append else x
 
@@ -154,12 +162,12 @@ def relocate(state: StreamState, plan: "Plan") -> StreamState:
     valid = state.valid & ~plan.gone & (first_round | ~cache.roles(Field.SPILL))
     tokens, coordinates = state.tokens, state.coordinates
     for move in plan.moves:
-        valid = jax.lax.dynamic_update_slice_in_dim(valid, move.keep, move.target, axis=1)
+        valid = move.write(valid, move.keep, 1)
         took = jax.lax.dynamic_slice_in_dim(state.tokens, move.source, move.size, axis=1)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, took, move.target, axis=1)
+        tokens = move.write(tokens, took, 1)
         u = jax.lax.dynamic_slice_in_dim(state.coordinates, move.source, move.size, axis=2)
         u = u if append else u + move.delta[:, None, None]
-        coordinates = jax.lax.dynamic_update_slice_in_dim(coordinates, u, move.target, axis=2)
+        coordinates = move.write(coordinates, u, 2)
     if size:
         said = jax.lax.dynamic_slice_in_dim(state.tokens, words.source, size, axis=1)
         u = jax.lax.dynamic_slice_in_dim(state.coordinates[:, 0], words.source, size, axis=1) + words.delta
