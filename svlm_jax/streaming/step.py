@@ -8,7 +8,8 @@ New tokens attend to the cache before they are written (all cached is past, so v
 each other. Their keys are rotated once, at the coordinate of the region they stay in; the query once for each region.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +28,38 @@ from svlm_jax.types import Array, Bool, Float, Int, Key, Params, UInt8
 Run = tuple[int, int, Array | int]  # (first row of the chunk, rows, first slot)
 
 
+class Chunk(NamedTuple):
+    """New tokens on their way into the cache, in the order of the sequence; a row that is not valid is a hole."""
+
+    tokens: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    positions: Int[Array, "B T 3"]  # in units of 1/unit
+    runs: tuple[Run, ...]  # where the rows go, in ROUNDS
+
+
 def _rotation(spec: StreamSpec, coordinates: Int[Array, "... 3"]) -> Rotation:
     t = spec.model.text
     return mrope_rotation(coordinates, sections=t.mrope_section, theta=t.rope_theta, denominator=spec.unit)
 
 
-def _append(x: Array, rows: Array, runs: list[Run]) -> Array:
+def _append(x: Array, rows: Array, runs: Sequence[Run]) -> Array:
     """Runs of rows [B, ..., T, H] into x [B, ..., S, H]; each run is one contiguous write for all streams."""
     for row, count, slot in runs:
         x = jax.lax.dynamic_update_slice_in_dim(x, rows[..., row : row + count, :].astype(x.dtype), slot, axis=x.ndim - 2)
     return x
 
 
-def _note(state: StreamState, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], u: Int[Array, "B T 3"], runs: list[Run]) -> StreamState:
+def _note(state: StreamState, chunk: Chunk, u: Int[Array, "B T 3"]) -> StreamState:
     """The facts of new tokens into their slots."""
-    facts = {
-        "tokens": tokens[..., None],
-        "valid": valid[..., None],
-        "coordinates": jnp.moveaxis(u, 1, 2)[..., None],
-    }
-    return state.replace(**{name: _append(getattr(state, name)[..., None], rows, runs)[..., 0] for name, rows in facts.items()})
+    facts = {"tokens": chunk.tokens, "valid": chunk.valid, "coordinates": jnp.moveaxis(u, 1, 2)}
+    return state.replace(**{name: _append(getattr(state, name)[..., None], rows[..., None], chunk.runs)[..., 0] for name, rows in facts.items()})
 
 
-def _prefill(
-    model: QwenVL, state: StreamState, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], positions: Int[Array, "B T 3"], runs: list[Run]
-) -> tuple[Float[Array, "B T D"], StreamState]:
-    """New tokens through all layers, over the cache and themselves; their keys and values go into `runs` of ROUNDS."""
+def _prefill(model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], StreamState]:
+    """New tokens through all layers, over the cache and themselves; their keys and values go into the chunk's runs."""
     spec, cache = state.spec, state.spec.cache
     # [B, R, T, 3]: a query at p meets region g as R(p + D_g) q; the chunk itself stands in the last region, ROUNDS
-    rotation = _rotation(spec, positions[:, None] + state.shift[:, :, None, None])
+    rotation = _rotation(spec, chunk.positions[:, None] + state.shift[:, :, None, None])
     query_turn = Rotation(*(a[..., None, :] for a in rotation))
     key_turn = Rotation(*(a[:, -1, :, None] for a in rotation))
     ks, vs = list(state.k), list(state.v)
@@ -64,10 +68,10 @@ def _prefill(
         def attend(q, k, v, index=index):
             q = rotate(q[:, None], query_turn)
             k, v = jnp.swapaxes(rotate(k, key_turn), 1, 2), jnp.swapaxes(v, 1, 2)
-            past = {"regions": cache.regions, "self_k": k, "self_v": v, "self_valid": valid}
+            past = {"regions": cache.regions, "self_k": k, "self_v": v, "self_valid": chunk.valid}
             out, _ = ring_attention(q, ks[index], vs[index], state.valid, **past)
             with jax.named_scope("append"):
-                ks[index], vs[index] = _append(ks[index], k, runs), _append(vs[index], v, runs)
+                ks[index], vs[index] = _append(ks[index], k, chunk.runs), _append(vs[index], v, chunk.runs)
             return out
 
         x = take_layer(model.text.layers, index)(x, attend)
@@ -231,22 +235,30 @@ def ingest(
         first, count = clip_row + 1, features.shape[1]
         x = model.text.embed(tokens)
         x = jnp.concatenate([x[:, :first], features.astype(x.dtype), x[:, first + count :]], axis=1)
-        u = positions + state.shift[:, -1, None, None]
-        if state.embeddings:
-            state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], runs),))
-            x, state = _recompute(model, _note(state, tokens, valid, u, runs))
-        else:
-            x, state = _prefill(model, state, x, valid, positions, runs)
-            state = _note(state, tokens, valid, u, runs)
-        state = state.replace(
-            next_position=after,
-            turn=jnp.zeros_like(state.turn),
-            turn_length=jnp.zeros_like(state.turn_length),
-            watched=jnp.zeros_like(state.watched),
-        )
-        if spec.stream.repetition_penalty != 1.0:
-            state = state.replace(seen=visible_tokens(state.tokens, state.valid, spec.model.text.vocab_size))
-        state = _draw(model, state, x[:, -1], key, 0, prompt.active)
+        state = state.replace(next_position=after)
+        return first_token(model, state, Chunk(tokens, valid, positions, tuple(runs)), x, key, prompt.active)
+
+
+def first_token(
+    model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B T D"], key: Key[Array, "B"], goes: Bool[Array, "B"]
+) -> tuple[StreamState, Int[Array, "B"]]:
+    """Runs a chunk, whose last row is its last token, and samples the turn's first token in the streams that go on."""
+    spec = state.spec
+    u = chunk.positions + state.shift[:, -1, None, None]
+    if state.embeddings:
+        state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], chunk.runs),))
+        x, state = _recompute(model, _note(state, chunk, u))
+    else:
+        x, state = _prefill(model, state, chunk, x)
+        state = _note(state, chunk, u)
+    state = state.replace(
+        turn=jnp.zeros_like(state.turn),
+        turn_length=jnp.zeros_like(state.turn_length),
+        watched=jnp.zeros_like(state.watched),
+    )
+    if spec.stream.repetition_penalty != 1.0:
+        state = state.replace(seen=visible_tokens(state.tokens, state.valid, spec.model.text.vocab_size))
+    state = _draw(model, state, x[:, -1], key, 0, goes)
     return state, state.turn[:, 0] + 0
 
 
@@ -256,12 +268,12 @@ def _decode_step(model: QwenVL, state: StreamState, key: Key[Array, "B"], step: 
     goes = ~state.done
     token = jax.lax.dynamic_index_in_dim(state.turn, step - 1, axis=1)
     positions = jnp.broadcast_to(state.next_position[:, None, None], (*token.shape, 3))
-    runs: list[Run] = [(0, 1, ring.slot(Field.GENERATED, room) + step - 1)]
     x = model.text.embed(token)
+    chunk = Chunk(token, goes[:, None], positions, ((0, 1, ring.slot(Field.GENERATED, room) + step - 1),))
     if state.embeddings:
-        state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], runs),))
-    x, state = _prefill(model, state, x, goes[:, None], positions, runs)
-    state = _note(state, token, goes[:, None], positions + state.shift[:, -1, None, None], runs)
+        state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], chunk.runs),))
+    x, state = _prefill(model, state, chunk, x)
+    state = _note(state, chunk, positions + state.shift[:, -1, None, None])
     state = state.replace(next_position=state.next_position + goes * spec.unit)
     return _draw(model, state, x[:, 0], key, step, goes)
 
