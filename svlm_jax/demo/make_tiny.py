@@ -1,4 +1,4 @@
-"""Makes the bundled model: every mechanism of Qwen2.5-VL at a ten-thousandth of the size, with random weights.
+"""Makes the bundled model: every mechanism of Qwen2.5-VL at a twenty-thousandth of the size, with random weights.
 
     python -m svlm_jax.demo.make_tiny              writes svlm_jax/demo/tiny beside its tokenizer, in seconds
 
