@@ -1,0 +1,50 @@
+"""What this device can do at best: a large copy and a large matrix product, measured in the run that is judged by them."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from svlm_jax.types import Array
+
+BATCHES = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Rates of the device, in units of 1e12."""
+
+    copy_tbps: float  # bytes read and written a second by a device copy
+    matmul_tflops: float  # a square bfloat16 product of random numbers; a multiply-add is two operations
+
+
+def measure() -> Ceilings:
+    """Runs both on the default device: 1 GiB and 8192^3 on an accelerator, 64 MiB and 512^3 on a CPU. Frees what it allocates."""
+    small = jax.devices()[0].platform == "cpu"
+    words, side, calls = (1 << 24, 512, 4) if small else (1 << 28, 8192, 20)
+
+    copy = jax.jit(lambda x: x + 1)  # a bare copy would be left out by the compiler
+    x = jnp.zeros(words, jnp.int32)
+    seconds = _seconds(lambda: copy(x), calls)
+    copy_tbps = 2 * x.nbytes / seconds / 1e12
+
+    a, b = (jax.random.normal(key, (side, side), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    product = jax.jit(jnp.matmul)
+    seconds = _seconds(lambda: product(a, b), calls)
+    return Ceilings(copy_tbps, 2 * side**3 / seconds / 1e12)
+
+
+def _seconds(call: Callable[[], Array], calls: int) -> float:
+    """Of one call among many that are enqueued at once; the median of several batches."""
+    call().block_until_ready()
+    batches = []
+    for _ in range(BATCHES):
+        start = time.perf_counter()
+        for _ in range(calls):
+            last = call()
+        last.block_until_ready()
+        batches.append((time.perf_counter() - start) / calls)
+    return statistics.median(batches)
