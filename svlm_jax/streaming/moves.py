@@ -6,6 +6,8 @@ places of words differ, and those are written stream by stream.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from svlm_jax.streaming.evict import Plan
 
 
+class Block(NamedTuple):
+    """What will be written into a buffer, and where."""
+
+    rows: Array
+    at: tuple[Array | int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Move:
     """A run of slots that changes place, at the same slots in every stream."""
@@ -31,12 +40,15 @@ class Move:
     keep: Bool[Array, "B size"]  # which of them are valid at the target
     goes: Bool[Array, "B"] | None = None  # streams whose slots move; None: the target is free in all others
 
-    def write(self, x: Array, block: Array, axis: int) -> Array:
-        """`block` to the target, where this stream's slots move."""
+    def block(self, x: Array, rows: Array, axis: int) -> Block:
+        """`rows` for the target, where this stream's slots move."""
         if self.goes is not None:
             goes = self.goes.reshape(-1, *(1,) * (x.ndim - 1))
-            block = jnp.where(goes, block, jax.lax.dynamic_slice_in_dim(x, self.target, self.size, axis))
-        return jax.lax.dynamic_update_slice_in_dim(x, block, self.target, axis)
+            rows = jnp.where(goes, rows, jax.lax.dynamic_slice_in_dim(x, self.target, self.size, axis))
+        return Block(rows, (*(0,) * axis, self.target, *(0,) * (x.ndim - axis - 1)))
+
+    def write(self, x: Array, rows: Array, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice(x, *self.block(x, rows, axis))
 
 
 class Words(NamedTuple):
@@ -96,21 +108,32 @@ def _windows(cache: CacheLayout, before: Int[Array, ""], size: int) -> list[tupl
     return runs
 
 
-def _put_words(cache: CacheLayout, x: Array, block: Array, words: Words, before: Int[Array, "B"]) -> Array:
-    """`block` [B, K, M-1, H], the turn's words as they will be kept, into x [B, K, S, H]."""
+def _word_blocks(cache: CacheLayout, x: Array, said: Array, words: Words, before: Int[Array, "B"]) -> list[Block]:
+    """The runs of previous text that change, stream by stream: `said` [B, K, M-1, H], the turn's words as they will be kept, put in."""
+    blocks = []
     for b in range(x.shape[0]):
-        for first, run, in_ring in _windows(cache, before[b], block.shape[2]):
+        for first, run, in_ring in _windows(cache, before[b], said.shape[2]):
             places = words.ring[b] if in_ring else words.sink[b]
             take = jax.lax.dynamic_slice_in_dim(places, first, run)
             at = (b, 0, first + (cache.words_start if in_ring else cache.header), 0)
             old = jax.lax.dynamic_slice(x, at, (1, x.shape[1], run, x.shape[3]))
-            new = jnp.take(block[b : b + 1], jnp.maximum(take, 0), axis=2)
-            x = jax.lax.dynamic_update_slice(x, jnp.where((take >= 0)[:, None], new, old), at)
-    return x
+            new = jnp.take(said[b : b + 1], jnp.maximum(take, 0), axis=2)
+            blocks.append(Block(jnp.where((take >= 0)[:, None], new, old), at))
+    return blocks
 
 
-def _turned(block: Array, rotation: Rotation | None) -> Array:
-    return block if rotation is None else rotate(block, rotation)
+def _read_first(x: Array, read: Callable[[Array], list[Block]], go: Bool[Array, ""]) -> tuple[Array, list[Block]]:
+    """x, and what `read` reads from it, with a barrier between all reads of x and all writes to it, which can so be in place.
+
+    On a CPU the compiler drops barriers before it fuses reads into writes, which costs a copy of the whole buffer; but it
+    keeps a branch whose outcome it cannot know (`go`), and materialises what comes out.
+    """
+
+    def branch(x: Array) -> tuple[Array, list[Block]]:
+        nothing = jax.eval_shape(read, x)
+        return x, jax.lax.cond(go, read, lambda _: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing), x)
+
+    return jax.lax.platform_dependent(x, cpu=branch, default=lambda x: jax.lax.optimization_barrier((x, read(x))))
 
 
 def relocate(state: StreamState, plan: "Plan") -> StreamState:
@@ -132,30 +155,31 @@ def relocate(state: StreamState, plan: "Plan") -> StreamState:
     word_turn, closing_turn = over_heads(turning(words.delta)), over_heads(turning(words.growth))
     move_turns = [over_heads(turning(move.delta)) for move in plan.moves]
 
-    def read(x: Array, turns: bool) -> tuple[list[Array], Array, Array]:
-        """[blocks of moves], the words' block, the closing tokens: as they will be kept."""
-        blocks = [
-            _turned(jax.lax.dynamic_slice_in_dim(x, m.source, m.size, axis=2), r if turns else None)
-            for m, r in zip(plan.moves, move_turns, strict=True)
-        ]
-        said = _turned(jax.lax.dynamic_slice_in_dim(x, words.source, size, axis=2), word_turn if turns else None)
-        return blocks, said, _turned(x[:, :, closing], closing_turn if turns else None)
-
-    def write(x: Array, blocks: tuple[list[Array], Array, Array], turns: bool) -> Array:
-        moved, said, closed = blocks
-        for move, block in zip(plan.moves, moved, strict=True):
-            x = move.write(x, block, 2)
-        x = _put_words(cache, x, said, words, state.words)
-        return x.at[:, :, closing].set(closed) if turns and not append else x
+    def blocks(x: Array, turns: bool) -> list[Block]:
+        """All that changes in one layer's buffer [B, K, S, H]."""
+        found = []
+        for move, turn in zip(plan.moves, move_turns, strict=True):
+            rows = jax.lax.dynamic_slice_in_dim(x, move.source, move.size, axis=2)
+            found.append(move.block(x, rotate(rows, turn) if turns and turn else rows, 2))
+        if size:
+            said = jax.lax.dynamic_slice_in_dim(x, words.source, size, axis=2)
+            found += _word_blocks(cache, x, rotate(said, word_turn) if turns and word_turn else said, words, state.words)
+        if turns and closing_turn:
+            found.append(Block(rotate(x[:, :, closing], closing_turn), (0, 0, closing.start, 0)))
+        return [Block(rows, tuple(jnp.asarray(i, jnp.int32) for i in at)) for rows, at in found]
 
     # In recompute mode keys and values are made anew every round: what moves is the embedding
     rewritten = {"embeddings": False} if state.embeddings else {"k": True, "v": False}
-    arrays = {name: getattr(state, name) for name in rewritten}
-    blocks = {name: [read(x, rewritten[name]) for x in layers] for name, layers in arrays.items()}
-    blocks = jax.lax.optimization_barrier(blocks)
-    changed = {
-        name: tuple(write(x, block, rewritten[name]) for x, block in zip(layers, blocks[name], strict=True)) for name, layers in arrays.items()
-    }
+    changed, go = {}, state.round >= 0  # always true, which the compiler cannot know
+    for name, turns in rewritten.items():
+        layers = []
+        for x in getattr(state, name):
+            x, found = _read_first(x, functools.partial(blocks, turns=turns), go)
+            for rows, at in found:
+                x = jax.lax.dynamic_update_slice(x, rows, at)
+            layers.append(x)
+            go |= jnp.isinf(x[0, 0, 0, 0])  # one buffer after the other: the blocks of all of them need not exist at once
+        changed[name] = tuple(layers)
 
     # Facts of the slots
     first_round = (state.age == 0)[:, None]
