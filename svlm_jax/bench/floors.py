@@ -1,19 +1,16 @@
 """The least time that a stage can take: the bytes it must move over the device's bandwidth, or its operations over the matrix rate.
 
 A stage takes the longer of the two. Weights are read once a program, by all streams together; every stream reads its own cache.
-A multiply-add counts as two operations. Norms, rotations, sampling and launches are free here, so no program reaches its floor.
+A multiply-add counts as two operations. Norms, biases, rotations, sampling and launches are free here, so no program reaches its floor.
 """
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.config import TextConfig, VisionConfig
-from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.streaming.layout import StreamSpec
 
 
@@ -59,43 +56,33 @@ def vision_work(spec: StreamSpec, streams: int, dtype: Any) -> Work:
     window = (c.window_size // c.patch_size) ** 2
     attention = 4 * e * patches * (full * patches + (c.depth - full) * min(window, patches))
     operations = grids * (2 * patches * products + 2 * patches / merge * merger + attention)
-    return Work(_bytes(abstract_params(spec.model, dtype=dtype)["vision"]), operations)
+    return Work((products + merger) * jnp.dtype(dtype).itemsize, operations)
 
 
 def prefill_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any) -> Work:
-    """A round's chunk, its padding counted, through the decoder over what is cached, and one row through the head.
+    """A round's chunk, its padding counted, through the decoder over what is cached, and one row through the head. Of the
+    embedding a few rows are read, which count as nothing.
 
     "recompute": instead of the chunk, the whole visible sequence, and nothing before it.
     """
-    t, recompute = spec.model.text, spec.stream.mode == "recompute"
-    turn = spec.stream.max_new_tokens - 1
-    rows = cached_tokens - turn if recompute else spec.cache.chunk_rows
-    past = 0 if recompute else max(0.0, cached_tokens - turn - rows)
-    return _decoder_work(spec, streams, rows, past, dtype, t.num_hidden_layers)
+    before_turn = cached_tokens - (spec.stream.max_new_tokens - 1)
+    rows = before_turn if spec.stream.mode == "recompute" else spec.cache.chunk_rows
+    return _decoder_work(spec, streams, rows, max(0.0, before_turn - rows), dtype)
 
 
 def decode_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any) -> Work:
-    """One token of every stream; in mode "recompute" with all that is visible before it."""
-    layers = spec.model.text.num_hidden_layers
-    if spec.stream.mode == "recompute":
-        return _decoder_work(spec, streams, cached_tokens, 0, dtype, layers)
-    return _decoder_work(spec, streams, 1, cached_tokens, dtype, layers)
+    """One token of every stream."""
+    return _decoder_work(spec, streams, 1, cached_tokens, dtype)
 
 
-def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any, layers: int) -> Work:
+def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any) -> Work:
     t = spec.model.text
-    head_dim = t.head_dim or 0
-    weights = text_bytes(spec, dtype)
+    layers, head_dim = t.num_hidden_layers, t.head_dim or 0
     cache = streams * past * 2 * layers * t.num_key_value_heads * head_dim * jnp.dtype(dtype).itemsize
     products = 2 * (rows * layers * _layer_parameters(t) + t.vocab_size * t.hidden_size)
     attention = 4 * t.num_attention_heads * head_dim * layers * rows * (past + rows / 2)
+    weights = (layers * _layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(dtype).itemsize
     return Work(weights + cache, streams * (products + attention))
-
-
-def text_bytes(spec: StreamSpec, dtype: Any) -> float:
-    """Bytes of the weights that every step of the decoder reads: of an untied embedding only rows are, which count as nothing."""
-    text = abstract_params(spec.model, dtype=dtype)["text"]
-    return _bytes(text) - (0 if spec.model.text.tie_word_embeddings else _bytes(text["embedding"]))
 
 
 def _layer_parameters(t: TextConfig) -> int:
@@ -107,7 +94,3 @@ def _layer_parameters(t: TextConfig) -> int:
 def _block_parameters(c: VisionConfig) -> int:
     """Of the products of one block of the vision tower."""
     return c.hidden_size * (4 * c.hidden_size + 3 * c.intermediate_size)
-
-
-def _bytes(tree: Any) -> float:
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

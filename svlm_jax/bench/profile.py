@@ -141,8 +141,9 @@ def read(profile: jax.profiler.ProfileData) -> list[Event]:
         if streams:
             events = [event for name in streams for event in _events(lines[name], None)]
         else:
-            modules = sorted((e.start_ns, e.end_ns, e.name.split("(")[0]) for e in lines["XLA Modules"].events) if "XLA Modules" in lines else []
-            events = _placed(_events(lines["XLA Ops"], None), modules) if "XLA Ops" in lines else []
+            spans = lines["XLA Modules"].events if "XLA Modules" in lines else ()
+            operations = _events(lines["XLA Ops"], None) if "XLA Ops" in lines else iter(())
+            events = _placed(operations, sorted((span.start_ns, span.end_ns, span.name.split("(")[0]) for span in spans))
     return _complete(sorted(events, key=lambda event: event.start))
 
 
@@ -197,7 +198,8 @@ def rounds(events: Sequence[Event], programs: Mapping[str, Mapping[str, Label]])
     current: list[list[Event]] = []  # runs of programs
     for event in events:
         last = current[-1][-1] if current else None
-        if last is None or (event.program, event.run) != (last.program, last.run):
+        another = last is not None and (event.program != last.program or (None not in (event.run, last.run) and event.run != last.run))
+        if last is None or another:
             if last is not None and last.program == LAST_PROGRAM:
                 out.append(_round(current, programs))
                 current = []
@@ -232,5 +234,5 @@ def _round(runs: Sequence[Sequence[Event]], programs: Mapping[str, Mapping[str, 
                 stages[stage] += event.end - cursor
                 parts[f"{stage}/{part}"] += event.end - cursor
                 cursor = event.end
-    scale = 1e-6
-    return Round({k: v * scale for k, v in stages.items()}, {k: v * scale for k, v in parts.items()}, (cursor - begin) * scale, gaps * scale)
+    in_ms = ({name: 1e-6 * value for name, value in times.items()} for times in (stages, parts))
+    return Round(*in_ms, total=1e-6 * (cursor - begin), gaps=1e-6 * gaps)

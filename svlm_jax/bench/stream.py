@@ -51,6 +51,7 @@ WEIGHTS = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 CLIP_SECONDS, CLIP_RATE = 12, 25
 SETTLED = 50  # rounds until the host's memory is looked at first
 PROGRESS_SECONDS = 5.0
+READ_BEFORE = 4  # rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,8 @@ def load_model(name: str, weights: str, log: Log) -> Model:
         config, tokenizer, params = found.config, found.tokenizer, found.params
     never_close(config, params, tokenizer.special("<|im_end|>"))
     jax.block_until_ready(params)
-    log(f"{name} {weights}: {sum(a.size for a in jax.tree.leaves(params)) / 1e9:.3f} billion parameters in {time.perf_counter() - start:.1f} s")
+    size = sum(a.size for a in jax.tree.leaves(params)) / 1e6
+    log(f"{name} {weights}: {size:,.2f} million parameters in {time.perf_counter() - start:.1f} s")
     return Model(name, weights, config, params, tokenizer)
 
 
@@ -180,13 +182,7 @@ def endless(path: str, load: Load, offset: float) -> Iterator[video.Round]:
     """The rounds of a file over and over, from `offset` seconds on at first."""
     start = offset
     while True:
-        given = 0
-        for given, one in enumerate(video.read_rounds(  # noqa: B007
-            path, fps=load.fps, chunk_seconds=load.chunk_seconds, start=start, size=(load.height, load.width)
-        ), start=1):
-            yield one
-        if not given:
-            raise UserError(f"{path}: it has no round of {load.chunk_seconds:g} s after {start:g} s")
+        yield from video.read_rounds(path, fps=load.fps, chunk_seconds=load.chunk_seconds, start=start, size=(load.height, load.width))
         start = 0.0
 
 
@@ -246,8 +242,12 @@ class Viewer:
         span = max(0.0, seconds - load.chunk_seconds)
         self._readers = [video.read_ahead(endless(path, load, span * row / load.streams)) for row in range(load.streams)]
 
-    def enqueue(self) -> Round:
-        shown = [next(reader) for reader in self._readers]
+    def read(self) -> list[video.Round]:
+        """The next round of every stream's video."""
+        return [next(reader) for reader in self._readers]
+
+    def enqueue(self, shown: Sequence[video.Round] | None = None) -> Round:
+        shown = shown or self.read()
         self.read_ms = 1e3 * sum(one.read_seconds for one in shown) / len(shown)
         begin = self.number * self.load.chunk_seconds
         self.number += 1
@@ -295,7 +295,9 @@ def run_load(model: Model, load: Load, ceilings: Ceilings, log: Log, *, path: st
         engine.stop()
 
 
-def _run(model: Model, load: Load, ceilings: Ceilings, log: Log, engine: TimedEngine, viewer: Viewer, compilations: Compilations) -> dict[str, Any]:
+def _run(
+    model: Model, load: Load, ceilings: Ceilings, log: Log, engine: TimedEngine, viewer: Viewer, compilations: Compilations
+) -> dict[str, Any]:
     start = time.perf_counter()
     for row in range(load.streams):
         engine.open(row)
@@ -303,7 +305,6 @@ def _run(model: Model, load: Load, ceilings: Ceilings, log: Log, engine: TimedEn
         viewer.watch()
         if number < 2:
             log(f"warm-up round {number + 1} after {time.perf_counter() - start:.1f} s")
-    # the next round of mode "windows" may start a window, whose program is another one
     programs = program_labels(engine, viewer) if load.profile_rounds else {}
     warm, device = compilations.count, device_bytes()
     log(f"warm after {load.warmup_rounds} rounds and {time.perf_counter() - start:.1f} s, {warm} programs compiled")
@@ -331,7 +332,9 @@ def _run(model: Model, load: Load, ceilings: Ceilings, log: Log, engine: TimedEn
         cached[i] = np.median(np.asarray(round.turn.cached))
         if done - shown > PROGRESS_SECONDS:
             shown = done
-            log(f"round {i + 1} of {count}: {np.median(milliseconds['round'][max(0, i - 99) : i + 1]):.2f} ms, host {host_bytes() / 1e6:,.0f} MB")
+            recent = np.median(milliseconds["round"][max(0, i - 99) : i + 1])
+            log(f"round {i + 1:,} of {count:,}: {recent:.2f} ms, host {host_bytes() / 1e6:,.0f} MB")
+    del round  # its arrays are no growth
     grown = host_bytes() / host - 1 if host else 0.0
     device_growth, recompiled = device_bytes() - device, compilations.count - warm
     ahead = pipelined(viewer, load.pipelined_rounds)
@@ -374,9 +377,10 @@ def pipelined(viewer: Viewer, count: int) -> float | None:
     if count < 2:
         return None
     flying: collections.deque[Round] = collections.deque()
+    shown = [viewer.read() for _ in range(READ_BEFORE)]  # so that decoding the video does not set the pace
     start = time.perf_counter()
-    for _ in range(count):
-        flying.append(viewer.enqueue())
+    for number in range(count):
+        flying.append(viewer.enqueue(shown[number % READ_BEFORE]))
         if len(flying) > 1:
             viewer.finish(flying.popleft())
     while flying:
@@ -433,7 +437,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-sink", type=int, default=default.text_sink, help="tokens")
     parser.add_argument("--text-sliding", type=int, default=default.text_sliding, help="tokens")
     parser.add_argument("--profile-rounds", type=int, default=default.profile_rounds, help="rounds under the device profiler; 0: no stages")
-    parser.add_argument("--pipelined-rounds", type=int, default=default.pipelined_rounds, help="rounds enqueued ahead of the device; 0: none")
+    parser.add_argument("--pipelined-rounds", type=int, default=default.pipelined_rounds, help="rounds enqueued ahead; 0: none")
     parser.add_argument("--video", metavar="FILE", help="watch this file over and over instead of a drawn clip")
     parser.add_argument("--json", metavar="FILE", help="write the results: an object, or a list of several")
 
@@ -478,7 +482,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m svlm_jax.bench.stream", description="What a round costs on this machine, stage by stage.")
+    parser = argparse.ArgumentParser(prog="python -m svlm_jax.bench.stream", description="What a round costs, stage by stage.")
     add_arguments(parser)
     try:
         return run(parser.parse_args(arguments))

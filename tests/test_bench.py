@@ -1,0 +1,307 @@
+"""The benchmark of the streaming loop: a whole small run on this machine, and its parts on made-up input."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
+
+from svlm_jax import demo
+from svlm_jax.bench import profile, report, stream
+from svlm_jax.bench.ceilings import Ceilings
+from svlm_jax.bench.floors import floors
+from svlm_jax.commands import bench as command
+from svlm_jax.errors import UserError
+from svlm_jax.streaming.engine import make_spec
+from svlm_jax.tokenizer import Tokenizer
+
+SMALL = [
+    "--height",
+    "56",
+    "--width",
+    "56",
+    "--tokens",
+    "4",
+    "--vision-window",
+    "2",
+    "--text-window",
+    "2",
+    "--text-sink",
+    "16",
+    "--text-sliding",
+    "16",
+]
+PERCENTILES = {"p50": float, "p99": float}
+DEVICE_STAGES = ("vision", "prefill", "decode_step", "evict", "other", "decode", "device_round", "device_gaps")
+FIELDS = {
+    "date": str,
+    "device": str,
+    "commit": str,
+    "versions": {"python": str, "jax": str, "jaxlib": str, "flax": str, "numpy": str, "av": str},
+    "model": str,
+    "weights": str,
+    "mode": str,
+    "positions": str,
+    "fps": float,
+    "chunk_seconds": float,
+    "height": int,
+    "width": int,
+    "streams": int,
+    "rounds": int,
+    "vision_window": int,
+    "text_window": int,
+    "text_sink": int,
+    "text_sliding": int,
+    "tokens_per_round": float,
+    "turns_at_budget": float,
+    "cached_tokens": float,
+    "round_ms": PERCENTILES,
+    "pipelined_round_ms": float,
+    "stages_ms": {name: PERCENTILES for name in ("read_video", "host", "enqueue_decode", *DEVICE_STAGES)},
+    "parts_ms": dict,
+    "first_word_ms": PERCENTILES,
+    "compilations_after_warmup": int,
+    "device_memory_growth_bytes": int,
+    "host_memory_growth": float,
+    "late_over_early": float,
+    "ceilings": {"copy_tbps": float, "matmul_tflops": float},
+    "floor_ms": {name: float for name in ("vision", "prefill", "decode_step", "first_word", "round")},
+}
+
+
+def check_types(value, expected, name="result"):
+    if isinstance(expected, dict):
+        assert set(value) == set(expected), name
+        for key, inner in expected.items():
+            check_types(value[key], inner, f"{name}.{key}")
+    else:
+        assert type(value) is expected, f"{name}: {value!r}"
+        assert expected is not float or math.isfinite(value), f"{name}: {value!r}"
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """A run of 12 rounds: the JSON file's object, and what was printed."""
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    arguments = [*SMALL, "--weights", "f32", "--rounds", "12", "--profile-rounds", "3", "--pipelined-rounds", "3", "--json", str(path)]
+    assert stream.main(arguments) == 0
+    return json.loads(path.read_text())
+
+
+def test_every_field_is_there(outcome):
+    check_types(outcome, FIELDS)
+
+
+def test_a_round_is_measured(outcome):
+    assert outcome["tokens_per_round"] == 4
+    assert outcome["turns_at_budget"] == 1
+    assert outcome["compilations_after_warmup"] == 0
+    assert outcome["device_memory_growth_bytes"] == 0
+    assert 0 < outcome["first_word_ms"]["p50"] < outcome["round_ms"]["p50"]
+    assert outcome["stages_ms"]["host"]["p50"] < outcome["round_ms"]["p50"]
+    assert outcome["stages_ms"]["read_video"]["p50"] > 0
+    # two rounds of 4 clip tokens each, a full previous text, and the prompts around them
+    assert 60 < outcome["cached_tokens"] < 200
+
+
+def test_stages_come_from_the_device(outcome):
+    stages = {name: outcome["stages_ms"][name]["p50"] for name in DEVICE_STAGES}
+    for name in ("vision", "prefill", "evict", "decode_step"):
+        assert stages[name] > 0, name
+    assert stages["decode"] == pytest.approx(3 * stages["decode_step"], rel=0.01)
+    assert stages["other"] < 0.5 * stages["device_round"]
+    assert {"vision/mlp", "prefill/ring_attention", "decode_step/ring_attention", "decode_step/head"} <= set(outcome["parts_ms"])
+
+
+def test_floors_are_positive(outcome):
+    assert all(value > 0 for value in outcome["floor_ms"].values())
+    assert all(value > 0 for value in outcome["ceilings"].values())
+
+
+def test_table_reads_well(outcome):
+    lines = report.table(outcome).splitlines()
+    assert any(line.startswith("decode_step") and line.endswith("%") for line in lines)
+    assert lines[-1].startswith("faster than real time: a round of 1000 ms of video takes")
+    unmeasured = outcome | {"stages_ms": outcome["stages_ms"] | {"vision": None}, "parts_ms": {}, "pipelined_round_ms": None}
+    assert "not measured" in report.table(unmeasured)
+    slow = outcome | {"round_ms": {"p50": 1500.0, "p99": 1600.0}}
+    assert report.table(slow).splitlines()[-1].startswith("NOT faster than real time")
+
+
+HLO = """HloModule jit_ingest, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%fused_computation (param_0: f32[8]) -> f32[8] {
+  %param_0 = f32[8]{0} parameter(0)
+  %exp.1 = f32[8]{0} exponential(%param_0), metadata={op_name="jit(ingest)/vision/full_attention/exp" stack_frame_id=2}
+  ROOT %copy.9 = f32[8]{0} copy(%exp.1)
+}
+
+%command_buffer (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a.1 = f32[8]{0} negate(%p), metadata={op_name="jit(ingest)/prefill/mlp/neg"}
+  %a.2 = f32[8]{0} negate(%a.1), metadata={op_name="jit(ingest)/prefill/mlp/neg"}
+  ROOT %a.3 = f32[8]{0} negate(%a.2), metadata={op_name="jit(ingest)/evict/neg"}
+}
+
+ENTRY %main.1 (frames: f32[8]) -> f32[8] {
+  %frames = f32[8]{0} parameter(0), metadata={op_name="frames"}
+  %add.1 = f32[8]{0} add(%frames, %frames), metadata={op_name="jit(ingest)/add" stack_frame_id=1}
+  %fusion.1 = f32[8]{0} fusion(%add.1), kind=kLoop, calls=%fused_computation
+  %copy.2 = f32[8]{0} copy(%fusion.1)
+  %call.3 = f32[8]{0} call(%copy.2), to_apply=%command_buffer, metadata={op_name="jit(ingest)/call"}
+  ROOT %mul.4 = f32[8]{0} multiply(%call.3, %call.3), metadata={op_name="jit(ingest)/prefill/attention/ring_attention/jit(_where)/mul"}
+}
+"""
+
+
+def test_labels_of_a_program():
+    module, labels = profile.labels(HLO)
+    assert module == "jit_ingest"
+    assert labels["add.1"] == ("other", "other")
+    assert labels["fusion.1"] == ("vision", "full_attention")
+    assert labels["call.3"] == ("prefill", "mlp")
+    assert labels["mul.4"] == ("prefill", "ring_attention")
+    assert "copy.2" not in labels and "frames" not in labels
+
+
+# A replayed graph's kernels name no program; copies to the host are no part of a round.
+GPU = """
+planes { name: "/host:CPU" }
+planes {
+  name: "/device:GPU:0"
+  stat_metadata { key: 1 value { id: 1 name: "hlo_module" } }
+  stat_metadata { key: 2 value { id: 2 name: "hlo_op" } }
+  stat_metadata { key: 3 value { id: 3 name: "name" } }
+  event_metadata { key: 1 value { id: 1 name: "kernel" } }
+  event_metadata { key: 2 value { id: 2 name: "MemcpyD2H" } }
+  lines { id: 7 name: "Stream #7(Compute)" EVENTS }
+  lines { id: 8 name: "Stream #8(MemcpyD2H)" events { metadata_id: 2 offset_ps: 50000000 duration_ps: 1000000 } }
+}
+"""
+
+
+def gpu_event(start: int, end: int, module: str, op: str, name: str = "") -> str:
+    stats = {1: module, 2: op, 3: name}
+    given = "".join(f'stats {{ metadata_id: {key} str_value: "{value}" }} ' for key, value in stats.items() if value)
+    return f"events {{ metadata_id: 1 offset_ps: {start * 1000} duration_ps: {(end - start) * 1000} {given}}}\n"
+
+
+def test_stages_of_a_gpu_profile():
+    one = [
+        (0, 10, "jit_planar", "copy", ""),
+        (20, 30, "jit_ingest", "add.1", ""),
+        (30, 50, "jit_ingest", "fusion.1", ""),
+        (50, 60, "jit_ingest", "copy.2", ""),  # no scope: the vision kernel's before it
+        (70, 100, "jit_ingest", "call.3", ""),  # the gap before it is its own
+        (100, 120, "", "", ""),
+        (120, 140, "jit_ingest", "new.7", "evict/relocate"),
+        (150, 200, "jit_decode", "fusion.1", ""),
+        (260, 300, "", "", ""),
+    ]
+    kernels = [(start + at, end + at, *rest) for at in (0, 1000) for start, end, *rest in one]
+    text = GPU.replace("EVENTS", "".join(gpu_event(*kernel) for kernel in kernels))
+    data = jax.profiler.ProfileData.from_serialized_xspace(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text))
+    events = profile.read(data)
+    assert len(events) == len(kernels)
+    rounds = profile.rounds(events, dict([profile.labels(HLO)]))
+    assert len(rounds) == 2
+    for round in rounds:
+        expected = {"other": 10 + 10 + 10 + 10, "vision": 30, "prefill": 40 + 20, "evict": 20, "decode": 150}
+        assert {name: 1e6 * value for name, value in round.stages.items()} == pytest.approx(expected)
+        assert sum(round.stages.values()) == pytest.approx(round.total)
+        assert 1e6 * round.total == pytest.approx(300)
+        assert 1e6 * round.gaps == pytest.approx(10 + 10 + 10 + 60)
+        assert 1e6 * round.parts["prefill/mlp"] == pytest.approx(60)
+
+
+def test_a_cpu_profile_of_a_real_program():
+    def ingest(x):
+        with jax.named_scope("vision"), jax.named_scope("mlp"):
+            y = jnp.sin(x @ x)
+        with jax.named_scope("prefill"):
+            return jax.lax.fori_loop(0, 4, lambda _, z: jnp.tanh(z @ z), y)
+
+    def decode(x):
+        return x @ x
+
+    first, second = jax.jit(ingest), jax.jit(decode)
+    x = jnp.ones((64, 64))
+    second(first(x)).block_until_ready()
+    with profile.recording() as events:
+        for _ in range(2):
+            second(first(x)).block_until_ready()
+    rounds = profile.rounds(events, dict([profile.labels(first.lower(x).compile().as_text() or "")]))
+    assert len(rounds) == 2
+    for round in rounds:
+        assert round.stages["vision"] > 0 and round.stages["prefill"] > 0 and round.stages["decode"] > 0 and round.stages["evict"] == 0
+        assert round.parts["vision/mlp"] > 0
+        assert sum(round.stages.values()) == pytest.approx(round.total)
+
+
+def test_floors_of_the_7b():
+    """By hand: 14.14 GB of weights and 57,344 bytes a cached token; 14 TFLOP of prefill; 3.9 TFLOP of vision."""
+    tokenizer = Tokenizer.load(Path(demo.__file__).with_name("tiny"))
+    load = stream.Load()
+    spec = make_spec(qwen2_5_vl_7b(), load.stream_config(tokenizer), tokenizer, height=560, width=1008)
+    least = floors(spec, Ceilings(3.08, 798), streams=1, cached_tokens=12_500, dtype=jnp.bfloat16)
+    assert least["decode_step"] == pytest.approx(4.82, rel=0.01)
+    assert least["prefill"] == pytest.approx(17.6, rel=0.05)
+    assert least["vision"] == pytest.approx(4.9, rel=0.03)
+    assert least["round"] == pytest.approx(114, rel=0.02)
+    many = floors(spec, Ceilings(3.08, 798), streams=8, cached_tokens=12_500, dtype=jnp.bfloat16)
+    assert many["vision"] == pytest.approx(8 * least["vision"])
+    assert many["decode_step"] == pytest.approx(least["decode_step"] + 7 * 12_500 * 57_344 / 3.08e9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_turns_cannot_close(tied):
+    config = tiny(8)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=tied))
+    params = {"text": {"embedding": jnp.ones((8, 4))} | ({} if tied else {"head": jnp.ones((4, 8))})}
+    stream.never_close(config, params, 5)
+    weights = params["text"]["embedding"] if tied else params["text"]["head"].T
+    assert not weights[5].any() and weights.sum() == 7 * 4
+
+
+def test_previous_text_fills_its_room():
+    tokenizer = Tokenizer.load(Path(demo.__file__).with_name("tiny"))
+    for count in (0, 31, 1023):
+        used = len(tokenizer.encode_plain(stream.filler(tokenizer, count)))
+        assert used <= count and used >= count - 24
+
+
+def test_flags_multiply_and_results_are_a_list(tmp_path, monkeypatch, outcome):
+    runs = []
+
+    def run_load(model, load, ceilings, log, *, path):
+        runs.append(load)
+        return outcome | {"mode": load.mode, "fps": load.fps}
+
+    monkeypatch.setattr(stream, "run_load", run_load)
+    monkeypatch.setattr(stream, "measure", lambda: Ceilings(1, 1))
+    monkeypatch.setattr(stream, "load_model", lambda *_: None)
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    path = tmp_path / "many.json"
+    output = ["--video", "x.mp4", "--json", str(path)]
+    args = parser.parse_args(["bench", "stream", *SMALL, "--mode", "streaming", "full", "--fps", "2", "4", *output])
+    assert command.run(args) == 0
+    assert [(run.mode, run.fps) for run in runs] == [("streaming", 2), ("streaming", 4), ("full", 2), ("full", 4)]
+    assert [(one["mode"], one["fps"]) for one in json.loads(path.read_text())] == [(run.mode, run.fps) for run in runs]
+
+
+def test_mistakes_are_one_line(capsys):
+    assert stream.main(["--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "error: --rounds must be at least 1, not 0\n"
+    with pytest.raises(UserError, match=r"x\.mp4"):
+        next(stream.endless("x.mp4", stream.Load(), 0.0))
+
+
+def test_commit_may_be_stated(monkeypatch):
+    monkeypatch.setenv("SVLM_COMMIT", "abc")
+    assert report.commit() == "abc"
