@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -65,7 +65,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 
     )
 
 
-def partition(shape: Sequence[int], axes: Axes, mesh: Mesh, rules: Rules) -> PartitionSpec:
+def partition(shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
     """How an array of `shape` with logical `axes` is cut. An axis that its mesh axis does not divide stays whole.
 
     Raises UserError where the rules name an axis that the mesh lacks, or cut two axes of the array by one mesh axis.
@@ -82,7 +82,7 @@ def partition(shape: Sequence[int], axes: Axes, mesh: Mesh, rules: Rules) -> Par
     )
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, *, rules: Rules | None = None, stacked: bool = False) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, *, rules: Rules | None = None, stacked: bool = False) -> Params:
     """The sharding of every parameter, as a tree like the parameters."""
     table = rules or Rules()
 
@@ -92,7 +92,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh, *, rules: Rules | None = No
     return jax.tree.map(place, abstract_params(config, stacked=stacked), logical_axes(config, stacked=stacked))
 
 
-def replicated_axes(config: ModelConfig, mesh: Mesh, *, rules: Rules | None = None) -> list[str]:
+def replicated_axes(config: ModelConfig, mesh: Mesh | AbstractMesh, *, rules: Rules | None = None) -> list[str]:
     """What stays whole although the rules cut it, one line each: `kv_heads: 4 is not a multiple of tensor = 8`."""
     table, lines = rules or Rules(), {}
 
@@ -106,7 +106,7 @@ def replicated_axes(config: ModelConfig, mesh: Mesh, *, rules: Rules | None = No
     return list(lines)
 
 
-def state_shardings(state_shapes: Any, mesh: Mesh, *, rules: Rules | None = None) -> Any:
+def state_shardings(state_shapes: Any, mesh: Mesh | AbstractMesh, *, rules: Rules | None = None) -> Any:
     """The sharding of every array of a `streaming.state.StreamState` (or of its shapes), as a state of shardings.
 
     Keys and values [B, K, S, H] are cut by stream and by key-value head, all else [B, ...] by stream; scalars are replicated.

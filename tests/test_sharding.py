@@ -7,14 +7,19 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from svlm_jax.configs.models import MODELS, qwen2_5_vl_7b, tiny
 
+from svlm_jax.config import StreamConfig
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, logical_axes
 from svlm_jax.sharding import MESH_AXES, Rules, make_mesh, param_shardings, partition, replicated_axes, state_shardings
+from svlm_jax.streaming.layout import StreamSpec
+from svlm_jax.streaming.prompt import PromptLayout, time_capacity
+from svlm_jax.streaming.state import state_shapes
+from svlm_jax.tokenizer import Tokenizer
 
 
 def abstract_mesh(**sizes: int):
@@ -85,28 +90,20 @@ def test_every_rule_is_used():
     assert {field.name for field in dataclasses.fields(Rules)} == used - {None} | {"streams"}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class State:
-    """The fields of a stream's state that differ in their sharding."""
-
-    k: tuple
-    v: tuple
-    valid: jax.ShapeDtypeStruct
-    round: jax.ShapeDtypeStruct
-    spec: str = dataclasses.field(default="static", metadata={"static": True})
-
-
 def test_states_are_cut_by_stream_and_head():
-    cache = jax.ShapeDtypeStruct((4, 2, 64, 16), np.float32)
-    shapes = State((cache, cache), (cache,), jax.ShapeDtypeStruct((4, 64), bool), jax.ShapeDtypeStruct((), np.int32))
+    tokenizer = Tokenizer.load(tiny_path())
+    layout = PromptLayout.from_tokenizer(tokenizer)
+    spec = StreamSpec(tiny(1024), StreamConfig(), layout, 56, 84, time_capacity(tokenizer), watch=(layout.im_end,))
+    shapes = state_shapes(spec, streams=4)
     found = state_shardings(shapes, abstract_mesh(data=2, tensor=2))
+    assert jax.tree.structure(found) == jax.tree.structure(shapes)
+    jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), shapes, found)
     assert found.k[1].spec == found.v[0].spec == PartitionSpec("data", "tensor", None, None)
     assert found.valid.spec == PartitionSpec("data", None)
+    assert found.coordinates.spec == PartitionSpec("data", None, None)
     assert found.round.spec == PartitionSpec()
     found = state_shardings(shapes, abstract_mesh(data=3, tensor=4))  # neither divides
     assert found.k[0].spec == PartitionSpec(None, None, None, None)
-    assert found.spec == "static"
 
 
 SHARDED_FORWARD = """

@@ -114,7 +114,7 @@ def _level(text: str, words: set[str]) -> float:
     return PUNCTUATION if text in {",", ".", "!"} else PIECE
 
 
-def _rounded(tree: dict) -> Params:
+def _rounded(tree: dict) -> dict:
     return {key: _rounded(value) if isinstance(value, dict) else value.astype(ml_dtypes.bfloat16) for key, value in tree.items()}
 
 
