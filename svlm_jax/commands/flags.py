@@ -1,0 +1,124 @@
+"""The flags of a stream: the names, or `dest`, are those of StreamConfig's fields."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from svlm_jax.commands import UsageError
+from svlm_jax.config import StreamConfig
+from svlm_jax.errors import UserError
+
+FORMATS = (".vtt", ".srt", ".jsonl")
+_DEFAULTS = StreamConfig()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every flag of `svlm caption`."""
+
+    def stream(group: Any, name: str, field: str, text: str, **how: Any) -> None:
+        default = getattr(_DEFAULTS, field)
+        shown = "off" if default is None else "none" if default == "" else default
+        group.add_argument(name, dest=field, default=default, help=f"{text} (default: {shown})", **how)
+
+    parser.add_argument("source", nargs="?", metavar="VIDEO", help="a file or URL (default: the bundled clip)")
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face model directory, or a name on the Hub (default: the bundled one)")
+    parser.add_argument("--weights", metavar="DIR", help="take the weights from here; config and tokenizer stay those of --model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
+    out = "also write the captions to a .vtt, .srt or .jsonl file; repeatable"
+    parser.add_argument("--out", metavar="FILE", type=_out, action="append", default=[], help=out)
+    parser.add_argument("--start", metavar="SECONDS", type=_not_negative, default=0.0, help="where to begin (default: 0)")
+    parser.add_argument("--duration", metavar="SECONDS", type=_positive, help="how much to caption (default: to the end)")
+    parser.add_argument("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing on disk")
+
+    watch = parser.add_argument_group("watching")
+    stream(watch, "--fps", "fps", "frames a second that the model sees", metavar="RATE", type=_number)
+    stream(watch, "--chunk", "chunk_seconds", "seconds of video a round", metavar="SECONDS", type=_number)
+    stream(watch, "--max-pixels", "max_pixels", "pixels of a frame after resizing, at most", metavar="N", type=int)
+    stream(watch, "--vision-window", "vision_window", "rounds of video that the model remembers", metavar="ROUNDS", type=int)
+
+    remember = parser.add_argument_group("remembering")
+    stream(remember, "--text-window", "text_window", "rounds whose words it remembers in their place", metavar="ROUNDS", type=int)
+    stream(remember, "--text-sink", "text_sink", "first tokens of older words kept for ever, or off", metavar="TOKENS", type=_count_or_off)
+    stream(remember, "--text-sliding", "text_sliding", "last tokens of older words kept, or off", metavar="TOKENS", type=_count_or_off)
+    stream(remember, "--text-capacity", "text_capacity", "room for older words where sink and sliding are off", metavar="TOKENS", type=int)
+    how = "streaming: constant memory, for ever; full: forgets nothing; windows: starts anew every window; recompute: runs its window anew"
+    stream(remember, "--mode", "mode", how, choices=("streaming", "full", "windows", "recompute"))
+    stream(remember, "--positions", "positions", "of what is left when older rounds leave", choices=("contiguous", "append"))
+    room = "rounds that --mode full has room for (default: those of the video)"
+    remember.add_argument("--capacity-rounds", metavar="ROUNDS", type=int, help=room)
+
+    say = parser.add_argument_group("saying")
+    stream(say, "--query", "query", "what the model is asked to do, in its first round", metavar="TEXT")
+    question = "a question put in mid-stream, in the round of that second; repeatable"
+    say.add_argument("--question", dest="questions", metavar="TEXT@SECONDS", type=_question, action="append", default=[], help=question)
+    stream(say, "--previous-text", "previous_text", "what was said before the video begins", metavar="TEXT")
+    stream(say, "--max-new-tokens", "max_new_tokens", "tokens a round, at most", metavar="N", type=int)
+    stream(say, "--temperature", "temperature", "of sampling; 0 takes the likeliest token", metavar="T", type=_number)
+    stream(say, "--top-k", "top_k", "sample from the K likeliest tokens", metavar="K", type=int)
+    stream(say, "--top-p", "top_p", "sample from the likeliest tokens of probability P together", metavar="P", type=_number)
+    stream(say, "--repetition-penalty", "repetition_penalty", "above 1, what it remembers is less likely", metavar="P", type=_number)
+    stream(say, "--seed", "seed", "of sampling", metavar="N", type=int)
+
+
+def stream_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of StreamConfig that the flags set. Raises UsageError where they do not go together."""
+    names = [field.name for field in dataclasses.fields(StreamConfig)]
+    fields = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    if args.weights and not args.model:
+        raise UsageError("--weights needs --model, which has the config and the tokenizer that go with them")
+    fields |= {"text_sink": args.text_sink, "text_sliding": args.text_sliding}  # None is off
+    try:
+        StreamConfig(**fields)
+    except UserError as error:
+        raise UsageError(str(error)) from None
+    return fields
+
+
+# Values of flags
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _not_negative(text: str) -> float:
+    if _number(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return _number(text)
+
+
+def _positive(text: str) -> float:
+    if _number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return _number(text)
+
+
+def _count_or_off(text: str) -> int | None:
+    if text.lower() == "off":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, or off") from None
+
+
+def _out(text: str) -> str:
+    if Path(text).suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    return text
+
+
+def _question(text: str) -> tuple[str, float]:
+    """TEXT@SECONDS; the last @ counts."""
+    words, _, when = text.rpartition("@")
+    try:
+        if words.strip():
+            return words.strip(), _not_negative(when)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be a text, @ and a time in seconds, such as 'Who scored?@12.5'")

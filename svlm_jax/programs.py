@@ -1,0 +1,160 @@
+"""Whether an engine fits into memory, and its programs compiled ahead, in threads, while weights and frames are read."""
+
+import contextlib
+import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from svlm_jax.config import StreamConfig
+from svlm_jax.errors import UserError
+from svlm_jax.streaming.layout import StreamSpec
+from svlm_jax.streaming.state import Prompt, state_shapes
+from svlm_jax.streaming.step import compiled
+from svlm_jax.types import Params
+
+GIB = 1 << 30
+Kind = tuple[bool, bool]  # whether a round comes with the query, and with a question in mid-stream
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or their shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def free_memory(device: Any = None) -> int | None:
+    """Bytes that can still be allocated on a device (the default one); None where it cannot be known."""
+    device = device or jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" where it has none
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    if not free:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(free, default=None)
+
+
+def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: int = 1) -> None:
+    """Raises UserError, with nothing allocated, where weights yet to be loaded and the streams' state exceed what is free."""
+    free = free_memory()
+    if free is None:
+        return
+    # A lower bound first: the layout of an absurd window would itself be too much for the host.
+    text = spec.model.text
+    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.head_dim or 0) * np.dtype(dtype).itemsize
+    rounds = {"full": spec.stream.capacity_rounds}.get(spec.stream.mode, spec.stream.vision_window)
+    words = spec.stream.text_window * spec.stream.max_new_tokens if spec.stream.mode in ("streaming", "recompute") else 0
+    words += spec.stream.text_capacity if spec.stream.text_sliding is None else (spec.stream.text_sink or 0) + spec.stream.text_sliding
+    state = streams * slot * (rounds * math.prod(spec.grid) + words)
+    if weight_bytes + state <= free:
+        state = tree_bytes(state_shapes(spec, streams, dtype))
+    if weight_bytes + state <= free:
+        return
+    parts = f"weights {weight_bytes / GIB:.1f} GiB, cache {state / GIB:.1f} GiB" if weight_bytes else f"cache {state / GIB:.1f} GiB"
+    have = f"{free / GIB:.1f} GiB of memory free on {jax.local_devices()[0].device_kind}"
+    raise UserError(f"this run needs {(weight_bytes + state) / GIB:.1f} GiB ({parts}), with {have}: {_way_out(spec.stream, state, free)}")
+
+
+def _way_out(stream: StreamConfig, state: int, free: int) -> str:
+    if state <= free:
+        return "use a smaller model, or --dtype bfloat16 if it is not that already"
+    flags = ["--capacity-rounds"] if stream.mode == "full" else ["--vision-window"]
+    if stream.mode in ("streaming", "recompute"):
+        flags.append("--text-window")
+    flags += ["--max-pixels", "--fps", "--text-capacity" if stream.text_sliding is None else "--text-sink and --text-sliding"]
+    return f"lower {', '.join(flags[:-1])} or {flags[-1]}"
+
+
+class Programs:
+    """Compiles what an engine of one stream will call. A call of the engine then finds its program in JAX's own cache."""
+
+    def __init__(self, spec: StreamSpec, params: Params, dtype: Any, kinds: list[Kind]):
+        """`params` may be shapes. `kinds` are the rounds to come, the first one first: programs start in this order."""
+        state, i32 = state_shapes(spec, 1, dtype), np.dtype(np.int32)
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+        frames = _shape((1, spec.stream.frames_per_round, 3, spec.height, spec.width), np.dtype(np.uint8))
+        words = _shape((spec.cache.words_capacity,), i32)
+        params = jax.tree.map(_like, params)
+        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, *kinds[0]), key)}
+        calls["open_stream"] = ("open_stream", params, state, _shape((), i32), words, _shape((), i32))
+        calls["decode"] = ("decode", params, state, key)
+        for kind in kinds[1:]:
+            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, *kind), key))
+        # No more at once than there are cores: the first caption waits for the first three alone
+        self._pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "compile")
+        self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, *call) for name, call in calls.items()}
+
+    def wait(self, *names: Any) -> None:
+        """Until "open_stream", "decode" or the `ingest` of a kind is ready."""
+        for name in names:
+            if name in self._futures:
+                self._futures[name].result()
+
+    def close(self) -> None:
+        """Drops what has not begun to compile."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(name: str, *arguments: Any) -> Any:
+    return compiled[name].lower(*arguments).compile()
+
+
+def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    """As a call with this array will look; where the array is pinned to its devices, the program is too."""
+    pinned = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pinned)
+
+
+def _prompt(spec: StreamSpec, query: bool, question: bool) -> Prompt:
+    """The shapes of `Engine.prompt` for one stream."""
+
+    def ids(present: bool, size: int) -> tuple[Any, Any]:
+        i32 = np.dtype(np.int32)
+        return (_shape((1, size), i32), _shape((1,), i32)) if present else (None, None)
+
+    active: Any = _shape((1,), np.dtype(np.bool_))
+    return Prompt(
+        *ids(True, spec.time_capacity),
+        active,
+        *ids(question, spec.stream.question_capacity),
+        *ids(query, spec.query_capacity),
+    )
+
+
+def use_compilation_cache(on: bool = True) -> Path | None:
+    """Has JAX keep compiled programs on disk, for the next start; gives the folder, None where it can't be used.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, or svlm-jax in the user's cache directory (freedesktop.org's XDG base directories).
+    """
+    jax.config.update("jax_enable_compilation_cache", on)
+    if not on:
+        return None
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = base if os.path.isabs(base) else "~/.cache"
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(base, "svlm-jax", "xla"))
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or no home at all
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up to seconds
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
