@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,12 @@ def ring_attention(
 
     Raises:
       ValueError: shapes or regions that break the contract.
+      Unsupported: `backend` does not take this call; the message says why.
     """
     _check(q, k, v, valid, regions, self_k, self_v, self_valid)
-    call = functools.partial(_BACKENDS[backend], regions=regions, scale=scale) if backend else _first(q, k, regions, scale)
+    call = _choose(q, k, self_k) if backend is None else _BACKENDS[backend].call
     with jax.named_scope("ring_attention"):
-        return call(q, k, v, valid, self_k=self_k, self_v=self_v, self_valid=self_valid)
+        return call(q, k, v, valid, self_k, self_v, self_valid, regions=regions, scale=scale)
 
 
 def _check(q, k, v, valid, regions, self_k, self_v, self_valid) -> None:
@@ -83,9 +85,52 @@ def _reference(*args, **kwargs):
     return ring_attention_reference(*args, **kwargs)
 
 
-_BACKENDS: dict[str, Callable] = {"reference": _reference}
+def _mosaic_gpu(*args, **kwargs):
+    from svlm_jax.kernels.ring_attention.mosaic_gpu import ring_attention_mosaic_gpu
+
+    return ring_attention_mosaic_gpu(*args, **kwargs)
+
+
+def _check_mosaic_gpu(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
+    from svlm_jax.kernels.ring_attention.mosaic_gpu import check
+
+    check(q, k, self_k)
+
+
+class _Backend(NamedTuple):
+    platform: str | None  # as `jax.lax.platform_dependent` names it; None: any
+    check: Callable  # raises Unsupported with the reason for which it does not take a call
+    call: Callable
+
+
+# In the order in which they are tried
+_BACKENDS = {
+    "mosaic_gpu": _Backend("cuda", _check_mosaic_gpu, _mosaic_gpu),
+    "reference": _Backend(None, lambda q, k, self_k: None, _reference),
+}
 BACKENDS = tuple(_BACKENDS)
 
 
-def _first(q, k, regions, scale) -> Callable:
-    return functools.partial(_reference, regions=regions, scale=scale)
+@functools.lru_cache(maxsize=256)
+def _log_once(name: str, reason: str) -> None:
+    log.info("ring_attention: backend %s not taken: %s", name, reason)
+
+
+def _choose(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> Callable:
+    """The first backend that takes the call, for each platform: which one runs is settled when the program is lowered."""
+    chosen: dict[str, Callable] = {}
+    for name, backend in _BACKENDS.items():
+        try:
+            backend.check(q, k, self_k)
+        except Unsupported as reason:
+            _log_once(name, str(reason))
+            continue
+        chosen.setdefault(backend.platform or "default", backend.call)
+    if len(chosen) == 1:
+        return chosen["default"]
+
+    def call(*arrays, **static):
+        branches = {platform: functools.partial(backend, **static) for platform, backend in chosen.items()}
+        return jax.lax.platform_dependent(*arrays, **branches)
+
+    return call

@@ -1,5 +1,6 @@
 """The contract in plain JAX: what every backend must equal. Any device, any shapes; queries are tiled so that scores stay small."""
 
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ SCORE_BYTES = 512 << 20  # one tile's float32 scores stay under this
 
 def _merge(parts: list[jax.Array], values: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Softmax over the concatenation of score parts [B, K, G, T, s], without concatenating the values [B, K, s, H]."""
-    peak = jnp.max(jnp.stack([jnp.max(s, axis=-1, initial=-jnp.inf) for s in parts]), axis=0)
+    peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in parts])
     safe = jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None]
     weights = [jnp.exp(s - safe) for s in parts]
     total = sum(jnp.sum(w, axis=-1) for w in weights)
@@ -34,7 +35,9 @@ def _tile(q, rows, k, v, valid, regions, self_k, self_v, self_valid, scale):
         return jnp.einsum("bkgth,bksh->bkgts", query, keys, preferred_element_type=jnp.float32) * scale
 
     parts, values = [], []
-    if length * heads // kv_heads * copies <= 64:
+    if not k.shape[2]:
+        pass  # no cache: the new tokens see themselves alone
+    elif length * heads // kv_heads * copies <= 64:
         # Few rows: all copies of the query against all keys in one product that reads the cache once.
         flat = grouped.reshape(batch, kv_heads, -1, length, head_dim)
         every = scores(flat, k).reshape(batch, kv_heads, copies, -1, length, k.shape[2])
@@ -43,6 +46,8 @@ def _tile(q, rows, k, v, valid, regions, self_k, self_v, self_valid, scale):
         values.append(v)
     else:
         for r, (start, stop) in enumerate(regions):
+            if start == stop:
+                continue
             cached = scores(grouped[:, :, r], k[:, :, start:stop])
             parts.append(jnp.where(valid[:, None, None, None, start:stop], cached, -jnp.inf))
             values.append(v[:, :, start:stop])
@@ -61,11 +66,11 @@ def ring_attention_reference(
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array,
-    *,
-    regions: Regions,
     self_k: jax.Array | None = None,
     self_v: jax.Array | None = None,
     self_valid: jax.Array | None = None,
+    *,
+    regions: Regions,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.ring_attention`."""

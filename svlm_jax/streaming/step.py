@@ -99,9 +99,9 @@ def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"]
 
         def attend(q, k, v, index=index):
             fresh = {"self_k": jnp.swapaxes(rotate(k, compute_turn), 1, 2), "self_v": jnp.swapaxes(v, 1, 2), "self_valid": valid}
-            nothing = jnp.zeros_like(ks[index][:, :, :128])
+            nothing = ks[index][:, :, :0]
             q = rotate(q, compute_turn)[:, None]
-            out, _ = ring_attention(q, nothing, nothing, jnp.zeros_like(valid[:, :128]), regions=((0, 128),), **fresh)
+            out, _ = ring_attention(q, nothing, nothing, valid[:, :0], regions=((0, 0),), **fresh)
             for buffers, rows in ((ks, rotate(k, stored_turn)), (vs, v)):
                 kept = jnp.take_along_axis(rows, place[:, :, None, None], axis=1)
                 buffers[index] = jnp.swapaxes(kept, 1, 2).astype(buffers[index].dtype)
@@ -335,11 +335,9 @@ def open_stream(params: Params, state: StreamState, row: Int[Array, ""], words: 
 
             def attend(q, k, v, layer=layer):
                 k, v = jnp.swapaxes(rotate(k, turn), 1, 2), jnp.swapaxes(v, 1, 2)
-                nothing = jnp.zeros((1, k.shape[1], 128, k.shape[3]), k.dtype)
+                nothing = k[:, :, :0]
                 fresh = {"self_k": k, "self_v": v, "self_valid": valid}
-                out, _ = ring_attention(
-                    rotate(q, turn)[:, None], nothing, nothing, jnp.zeros((1, 128), jnp.bool_), regions=((0, 128),), **fresh
-                )
+                out, _ = ring_attention(rotate(q, turn)[:, None], nothing, nothing, valid[:, :0], regions=((0, 0),), **fresh)
                 ks[layer], vs[layer] = write(ks[layer], k, 2), write(vs[layer], v, 2)
                 return out
 

@@ -1,0 +1,180 @@
+"""The contract of ring attention, run against every backend that runs on this machine, and lowering for the others."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from svlm_jax.kernels.ring_attention.api import BACKENDS, Unsupported, ring_attention
+from svlm_jax.kernels.ring_attention.tiles import visited_tiles
+
+
+def direct(q, k, v, valid, *, regions, self_k=None, self_v=None, self_valid=None, scale=None):
+    """The equation itself in float64, one query of one head at a time."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    batch, _, length, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    out, lse = np.zeros((batch, length, heads, head_dim)), np.full((batch, length, heads), -np.inf)
+    for b, t, n in np.ndindex(batch, length, heads):
+        kv = n // (heads // k.shape[1])
+        scores = np.concatenate([k[b, kv, start:stop] @ q[b, r, t, n] for r, (start, stop) in enumerate(regions)])
+        scores, values = scores[np.asarray(valid[b])], v[b, kv][np.asarray(valid[b])]
+        if self_k is not None:
+            sees = np.flatnonzero(np.asarray(self_valid[b]) & (np.arange(length) <= t))
+            scores = np.concatenate([scores, np.asarray(self_k[b, kv], np.float64)[sees] @ q[b, -1, t, n]])
+            values = np.concatenate([values, np.asarray(self_v[b, kv], np.float64)[sees]])
+        if len(scores):
+            peak = scores.max() * scale
+            weights = np.exp(scores * scale - peak)
+            lse[b, t, n] = peak + np.log(weights.sum())
+            out[b, t, n] = weights @ values / weights.sum()
+    return out, lse
+
+
+REGIONS = ((0, 128), (128, 256), (256, 640))
+
+
+def inputs(seed, *, batch=2, length=5, heads=4, kv_heads=2, head_dim=16, regions=REGIONS, dtype=jnp.float32, fill=0.5, fresh=True):
+    r = np.random.default_rng(seed)
+    slots = regions[-1][1]
+
+    def normal(*shape):
+        return jnp.asarray(r.normal(size=shape), dtype)
+
+    arrays = {
+        "q": normal(batch, len(regions), length, heads, head_dim),
+        "k": normal(batch, kv_heads, slots, head_dim),
+        "v": normal(batch, kv_heads, slots, head_dim),
+        "valid": jnp.asarray(r.random((batch, slots)) < fill),
+    }
+    if fresh:
+        arrays |= {
+            "self_k": normal(batch, kv_heads, length, head_dim),
+            "self_v": normal(batch, kv_heads, length, head_dim),
+            "self_valid": jnp.asarray(r.random((batch, length)) < 0.8),
+        }
+    return arrays
+
+
+def split(arrays):
+    positional = [arrays[name] for name in ("q", "k", "v", "valid")]
+    return positional, {name: value for name, value in arrays.items() if name.startswith("self_")}
+
+
+def run(arrays, *, regions=REGIONS, backend="reference", **kwargs):
+    positional, fresh = split(arrays)
+    return jax.jit(functools.partial(ring_attention, regions=regions, backend=backend, **kwargs))(*positional, **fresh)
+
+
+def expect_equal(arrays, *, regions=REGIONS, tolerance=2e-5, **kwargs):
+    positional, fresh = split(arrays)
+    out, lse = run(arrays, regions=regions, **kwargs)
+    true_out, true_lse = direct(*positional, regions=regions, **fresh, **{k: v for k, v in kwargs.items() if k == "scale"})
+    np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=tolerance, rtol=tolerance)
+    assert np.array_equal(np.isneginf(lse), np.isneginf(true_lse))
+    np.testing.assert_allclose(lse, true_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.parametrize("fill", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_equals_the_equation(length, fill, fresh):
+    expect_equal(inputs(length, length=length, fill=fill, fresh=fresh))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (6, 3)])
+def test_groups_of_heads(heads, kv_heads):
+    expect_equal(inputs(3, heads=heads, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("regions", [((0, 0),), ((0, 0), (0, 128))])
+def test_an_empty_region(regions):
+    expect_equal(inputs(12, regions=regions), regions=regions)
+
+
+def test_one_region_and_a_scale():
+    expect_equal(inputs(4, regions=((0, 256),)), regions=((0, 256),), scale=0.5)
+
+
+def test_a_single_valid_slot_and_streams_of_different_fill():
+    arrays = inputs(5, batch=3, fresh=False)
+    valid = np.zeros((3, 640), bool)
+    valid[0, 300], valid[1, 100:500] = True, True  # the third stream holds nothing
+    expect_equal(arrays | {"valid": jnp.asarray(valid)})
+
+
+def test_order_of_slots_means_nothing():
+    arrays = inputs(6, regions=((0, 640),), fill=0.3)
+    order = np.random.default_rng(0).permutation(640)
+    shuffled = arrays | {"k": arrays["k"][:, :, order], "v": arrays["v"][:, :, order], "valid": arrays["valid"][:, order]}
+    for ours, theirs in zip(run(arrays, regions=((0, 640),)), run(shuffled, regions=((0, 640),)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_invalid_slots_may_hold_anything():
+    arrays = inputs(7)
+    poison = jnp.where(arrays["valid"][:, None, :, None], 0.0, 1e30)
+    for ours, theirs in zip(run(arrays), run(arrays | {"k": arrays["k"] + poison, "v": arrays["v"] + poison}), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_same_bits_every_time():
+    arrays = inputs(8, length=40, dtype=jnp.bfloat16)
+    for first, second in zip(run(arrays), run(arrays), strict=True):
+        np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
+
+
+def test_tiles_of_queries_change_nothing(monkeypatch):
+    from svlm_jax.kernels.ring_attention import reference
+
+    arrays = inputs(9, length=48)
+    whole = run(arrays)
+    monkeypatch.setattr(reference, "SCORE_BYTES", 100_000)
+    for ours, theirs in zip(whole, run(arrays, scale=16**-0.5), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_scores_stay_small_at_full_size():
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    slots, length = 15_104, 768
+    call = functools.partial(ring_attention, regions=((0, 640), (640, 1152), (1152, slots)), backend="reference")
+    args = (shape((1, 3, length, 28, 128)), shape((1, 4, slots, 128)), shape((1, 4, slots, 128)), jax.ShapeDtypeStruct((1, slots), bool))
+    fresh = {
+        "self_k": shape((1, 4, length, 128)),
+        "self_v": shape((1, 4, length, 128)),
+        "self_valid": jax.ShapeDtypeStruct((1, length), bool),
+    }
+    compiled = jax.jit(call).lower(*args, **fresh).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * (512 << 20)
+
+
+def test_visited_tiles():
+    valid = np.zeros((2, 640), bool)
+    valid[0, [5, 300, 639]], valid[1, 130] = True, True
+    tiles, first = visited_tiles(jnp.asarray(valid), REGIONS)
+    assert first.tolist() == [[0, 1, 1, 3], [0, 0, 1, 1]]
+    assert tiles[0, :3].tolist() == [0, 2, 4] and tiles[1, :1].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"regions": ((0, 128), (128, 640))}, "3 rotated copies for 2 regions"),
+        ({"regions": ((0, 100), (100, 256), (256, 640))}, "multiples of 128"),
+        ({"self_valid": None}, "self_valid"),
+    ],
+)
+def test_broken_contracts_are_named(change, message):
+    arrays = inputs(10)
+    positional, fresh = split(arrays)
+    with pytest.raises(ValueError, match=message):
+        ring_attention(*positional, **({"regions": REGIONS} | fresh | change))
+
+
+def test_a_backend_that_does_not_take_the_call_says_why():
+    positional, fresh = split(inputs(11))
+    with pytest.raises(Unsupported, match="bfloat16, not float32"):
+        ring_attention(*positional, regions=REGIONS, backend="mosaic_gpu", **fresh)
+    assert BACKENDS[-1] == "reference"
