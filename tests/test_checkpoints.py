@@ -446,7 +446,7 @@ def test_the_bundled_model():
 def test_the_bundled_model_says_varied_words():
     model = load(tiny_path(), dtype=jnp.float32)
     layout, length = PromptLayout.from_tokenizer(model.tokenizer), 64
-    positions = np.broadcast_to(np.arange(length)[None, :, None], (1, length, 3)).astype(np.int32)
+    positions = jnp.broadcast_to(jnp.arange(length)[None, :, None], (1, length, 3))
     step = jax.jit(lambda tokens: jax.nn.softmax(forward(model.params, model.config, tokens, positions)[0]))
     prompt = [*layout.system, *layout.user_head, *layout.block_close, *layout.assistant_head]
     rng, said = np.random.default_rng(0), []

@@ -8,6 +8,7 @@ import os
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -120,7 +121,10 @@ def their_logits(model, config, p: Prompt) -> np.ndarray:
     for kind, key, several in (("image", "pixel_values", False), ("video", "pixel_values_videos", True)):
         chosen = [frames for frames in p.visuals if (len(frames) > 1) == several]
         if chosen:
-            patches = [np.asarray(patchify(config.vision, frames[None])).reshape(-1, config.vision.patch_features) for frames in chosen]
+            patches = [
+                np.asarray(patchify(config.vision, jnp.asarray(frames[None]))).reshape(-1, config.vision.patch_features)
+                for frames in chosen
+            ]
             inputs[key] = torch.from_numpy(np.concatenate(patches))
             grids = [(-(-len(frames) // 2), frames.shape[2] // 14, frames.shape[3] // 14) for frames in chosen]
             inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
@@ -227,7 +231,7 @@ def test_pixels_become_their_patches():
     """Our patches against their image processor's, which resizes nothing at this size. Their video processor needs torchvision."""
     processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     frame = np.random.default_rng(0).integers(0, 256, (3, 84, 140), dtype=np.uint8)
-    found = np.asarray(patchify(tiny().vision, frame[None, None]))[0]
+    found = np.asarray(patchify(tiny().vision, jnp.asarray(frame[None, None])))[0]
     processor = processing.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=10**6)
     wanted = processor(images=[frame.transpose(1, 2, 0)], return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
