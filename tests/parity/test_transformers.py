@@ -4,6 +4,7 @@ Positions are ours and handed over, since transformers' own rule has changed bet
 """
 
 import dataclasses
+import inspect
 import os
 from fractions import Fraction
 
@@ -105,7 +106,8 @@ PROMPTS = {
 }
 
 
-ours = jax.jit(forward, static_argnums=1)
+# Unwrapped, because the checked signature gives all visuals of a prompt one size, and "all" mixes sizes.
+ours = jax.jit(inspect.unwrap(forward), static_argnums=1)
 
 
 def our_logits(params, config, p: Prompt) -> np.ndarray:
