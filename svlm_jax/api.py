@@ -25,7 +25,7 @@ from svlm_jax.data.video import VideoInfo, probe, read_ahead, read_rounds
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params
-from svlm_jax.programs import Kind, Programs, check_memory, free_memory, tree_bytes
+from svlm_jax.programs import Kind, Programs, check_memory, free_memory, size_text, tree_bytes
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.streaming.engine import Round as EngineRound
 from svlm_jax.streaming.prompt import encode_query
@@ -93,7 +93,7 @@ def load(
     found = Checkpoint.open(path, weights=weights, dtype=dtype)
     free = free_memory()
     if free is not None and found.nbytes > free:
-        need, have = (f"{n / (1 << 30):.1f} GiB" for n in (found.nbytes, free))
+        need, have = size_text(found.nbytes), size_text(free)
         raise UserError(f"the weights in {found.weights} need {need} and {have} are free: use a smaller model")
     return found.load(progress)
 
@@ -182,6 +182,7 @@ class Commentary:
         self._rounds: Iterator[tuple[VideoRound, jax.Array]] = iter(())
         self._first: tuple[VideoRound, jax.Array] | None = None
         self._marks: collections.deque[tuple[float, float]] = collections.deque(maxlen=SPEED_ROUNDS + 1)
+        self._compiling = 0.0  # seconds spent waiting for programs, which the speed leaves out
 
     def load(self, progress: checkpoint.Progress | None = None) -> None:
         """Reads the first frames and the weights, and begins to compile. UserError for a video that cannot be read from `start` on."""
@@ -236,7 +237,9 @@ class Commentary:
             if waiting and self._must_know(video.index):
                 yield self._finish(engine, *waiting)
                 waiting = None
+            clock = time.perf_counter()
             self._programs.wait(self._kind(video.index))
+            self._compiling += time.perf_counter() - clock
             question = self._questions.get(video.index)
             try:
                 sent = engine.step(frames, {0: (video.start, video.end)}, {0: question} if question else None)
@@ -263,7 +266,7 @@ class Commentary:
         tokens = sent.tokens()[0]
         engine.note({0: tokens})
         cached = int(np.asarray(sent.turn.cached)[0])
-        now, position = time.perf_counter(), video.end if self.end is None else min(video.end, self.end)
+        now, position = time.perf_counter() - self._compiling, video.end if self.end is None else min(video.end, self.end)
         self._marks.append((now, position))
         then, before = self._marks[0]
         return Said(

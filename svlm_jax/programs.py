@@ -61,13 +61,20 @@ def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: in
         state = tree_bytes(state_shapes(spec, streams, dtype))
     if weight_bytes + state <= free:
         return
-    parts = f"weights {weight_bytes / GIB:.1f} GiB, cache {state / GIB:.1f} GiB" if weight_bytes else f"cache {state / GIB:.1f} GiB"
-    have = f"{free / GIB:.1f} GiB of memory free on {jax.local_devices()[0].device_kind}"
-    raise UserError(f"this run needs {(weight_bytes + state) / GIB:.1f} GiB ({parts}), with {have}: {_way_out(spec.stream, state, free)}")
+    parts = f"weights {size_text(weight_bytes)}, cache {size_text(state)}" if weight_bytes else f"cache {size_text(state)}"
+    have = f"{size_text(free)} of memory free on {jax.local_devices()[0].device_kind}"
+    raise UserError(
+        f"this run needs {size_text(weight_bytes + state)} ({parts}), with {have}: {_way_out(spec.stream, weight_bytes > free)}"
+    )
 
 
-def _way_out(stream: StreamConfig, state: int, free: int) -> str:
-    if state <= free:
+def size_text(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
+
+
+def _way_out(stream: StreamConfig, weights_alone: bool) -> str:
+    if weights_alone:
         return "use a smaller model, or --dtype bfloat16 if it is not that already"
     flags = ["--capacity-rounds"] if stream.mode == "full" else ["--vision-window"]
     if stream.mode in ("streaming", "recompute"):

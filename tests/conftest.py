@@ -1,12 +1,11 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, and with every shape and type of the package's signatures checked."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jaxtyping
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on how long it compiles
 
 ROOT = Path(__file__).parent.parent
 UNCHECKED = {"svlm_jax.streaming.state"}  # its dataclasses are pytrees, which hold shapes, shardings and tracers as well as arrays
@@ -18,4 +17,18 @@ def checked_modules() -> list[str]:
     return sorted({name if name.startswith("svlm_jax.") else f"svlm_jax.{name}" for name in names} - UNCHECKED)
 
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on how long it compiles
+# Programs that the command line compiles are kept for this run, by all workers together, and not in the user's cache.
+_caches = Path(tempfile.gettempdir()) / f"svlm-jax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
+os.environ["XDG_CACHE_HOME"] = str(_caches)
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 jaxtyping.install_import_hook(checked_modules(), "typecheck.checked")
+
+
+def pytest_sessionfinish(session):
+    uid = getattr(session.config, "workerinput", {}).get("testrunuid")
+    if uid is None:  # the only process, or the one that started the workers, which have ended by now
+        plugin = session.config.pluginmanager.get_plugin("dsession")
+        uid = getattr(getattr(plugin, "nodemanager", None), "testrunuid", None) or os.getpid()
+        shutil.rmtree(_caches.with_name(f"svlm-jax-tests-{uid}"), ignore_errors=True)

@@ -68,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
                 broken += said.broken
             if broken:
                 view.note(f"{broken} damaged pieces of the video were skipped")
+            if args.out:
+                view.note(f"captions are in {', '.join(args.out)}")
         except KeyboardInterrupt as stop:
-            kept = f"; what was said is in {', '.join(map(str, args.out))}" if args.out else ""
+            kept = f"; what was said is in {', '.join(args.out)}" if args.out and position > args.start else ""
             raise type(stop)(f"stopped at {clock(position)}{kept}") from None
         except Exception as error:
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
@@ -129,8 +131,10 @@ def _say_what_to_expect(view: LiveView, args: argparse.Namespace, commentary: "C
 
 
 def _loading(commentary: "Commentary") -> str:
-    size = commentary.checkpoint.nbytes if commentary.checkpoint else 0
-    return f"loading {commentary.spec.model.name} ({size / (1 << 30):.1f} GiB)" if size >> 28 else f"loading {commentary.spec.model.name}"
+    from svlm_jax.programs import size_text
+
+    size = f" ({size_text(commentary.checkpoint.nbytes)})" if commentary.checkpoint else ""
+    return f"loading {commentary.spec.model.name}{size}"
 
 
 def _rounds(commentary: "Commentary", aside: "_Aside", view: LiveView) -> Iterator["Said"]:
