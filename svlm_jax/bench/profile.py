@@ -8,6 +8,7 @@ A stage's time is wall time on the device: a gap before a kernel counts to the k
 import collections
 import contextlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.profiler import ProfileData
 
 STAGES = ("evict", "vision", "prefill", "decode")  # outer named scopes of the programs that serve
 PARTS = (
@@ -116,8 +118,8 @@ def labels(hlo: str) -> tuple[str, dict[str, Label]]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Event]]:
-    """Profiles what runs inside; the list is filled, in order of time, when it ends."""
+def recording(keep: str | None = None) -> Iterator[list[Event]]:
+    """Profiles what runs inside; the list is filled, in order of time, when it ends. `keep`: a folder for the profile's files."""
     events: list[Event] = []
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -125,10 +127,12 @@ def recording() -> Iterator[list[Event]]:
         with jax.profiler.trace(folder, profiler_options=options):
             yield events
         for path in sorted(Path(folder).rglob("*.xplane.pb")):
-            events += read(jax.profiler.ProfileData.from_file(str(path)))
+            events += read(ProfileData.from_file(str(path)))
+        if keep:
+            shutil.copytree(folder, keep, dirs_exist_ok=True)
 
 
-def read(profile: jax.profiler.ProfileData) -> list[Event]:
+def read(profile: ProfileData) -> list[Event]:
     """The kernels of the first device, or the operations that the CPU's threads ran; in order of their start."""
     planes = {plane.name: plane for plane in profile.planes}
     devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
@@ -211,7 +215,8 @@ def rounds(events: Sequence[Event], programs: Mapping[str, Mapping[str, Label]])
 
 
 def _round(runs: Sequence[Sequence[Event]], programs: Mapping[str, Mapping[str, Label]]) -> Round:
-    stages, parts = dict.fromkeys((*STAGES, OTHER), 0.0), collections.Counter()
+    stages: dict[str, float] = {name: 0.0 for name in (*STAGES, OTHER)}
+    parts: dict[str, float] = collections.defaultdict(float)
     begin = cursor = runs[0][0].start
     gaps = 0.0
     for run in runs:

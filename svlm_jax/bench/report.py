@@ -54,7 +54,7 @@ class Compilations:
     def __init__(self):
         self.count = 0
 
-    def _hear(self, event: str, _: float, **__: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == COMPILED
 
     def __enter__(self) -> "Compilations":

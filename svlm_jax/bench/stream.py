@@ -72,6 +72,7 @@ class Load:
     text_sink: int = 512
     text_sliding: int = 512
     profile_rounds: int = 8
+    keep_profile: str | None = None  # a folder
     pipelined_rounds: int = 20
 
     @property
@@ -212,7 +213,7 @@ class TimedEngine(Engine):
                 self._times.put(error)
 
     def ingest(self, frames: Any, prompt: Any) -> Array:
-        first = super().ingest(planar(frames), prompt)
+        first = super().ingest(frames, prompt)
         # Enqueueing a loop can keep this thread busy until it ends, so another one waits for the token
         first.copy_to_host_async()
         self._firsts.put(first)
@@ -240,7 +241,7 @@ class Viewer:
         self.lit = 0.0  # when the last frame of the newest round was in host memory
         seconds = video.probe(path).duration or 0.0
         span = max(0.0, seconds - load.chunk_seconds)
-        self._readers = [video.read_ahead(endless(path, load, span * row / load.streams)) for row in range(load.streams)]
+        self._readers: list[Any] = [video.read_ahead(endless(path, load, span * row / load.streams)) for row in range(load.streams)]
 
     def read(self) -> list[video.Round]:
         """The next round of every stream's video."""
@@ -253,7 +254,7 @@ class Viewer:
         self.number += 1
         self.lit = time.perf_counter()
         frames = shown[0].frames[None] if len(shown) == 1 else np.stack([one.frames for one in shown])
-        return self.engine.step(frames, {row: (begin, begin + self.load.chunk_seconds) for row in self.engine.open_rows})
+        return self.engine.step(planar(frames), {row: (begin, begin + self.load.chunk_seconds) for row in self.engine.open_rows})
 
     def finish(self, round: Round) -> tuple[dict[int, list[int]], float]:
         """Tokens of a round, and when they were in host memory."""
@@ -285,14 +286,12 @@ def run_load(model: Model, load: Load, ceilings: Ceilings, log: Log, *, path: st
     """One run, as the object that the JSON file holds."""
     stream = load.stream_config(model.tokenizer)
     spec = make_spec(model.config, stream, model.tokenizer, height=load.height, width=load.width)
-    engine = TimedEngine(model.params, spec, model.tokenizer, streams=load.streams)
-    viewer = Viewer(engine, load, path)
-    try:
-        with Compilations() as compilations:
-            return _run(model, load, ceilings, log, engine, viewer, compilations)
-    finally:
-        viewer.close()
-        engine.stop()
+    with contextlib.ExitStack() as stack:
+        engine = TimedEngine(model.params, spec, model.tokenizer, streams=load.streams)
+        stack.callback(engine.stop)
+        viewer = Viewer(engine, load, path)
+        stack.callback(viewer.close)
+        return _run(model, load, ceilings, log, engine, viewer, stack.enter_context(Compilations()))
 
 
 def _run(
@@ -398,9 +397,13 @@ def profiled(
     names = ("vision", "prefill", "decode_step", "evict", "other", "decode", "device_round", "device_gaps")
     seen: Sequence[profile.Round] = ()
     if load.profile_rounds:
-        with profile.recording() as events:
-            for _ in range(load.profile_rounds):
-                viewer.watch()
+        events: list[profile.Event] = []
+        try:
+            with profile.recording(load.keep_profile) as events:
+                for _ in range(load.profile_rounds):
+                    viewer.watch()
+        except Exception as error:  # a machine may forbid profiling; what was measured so far is worth keeping
+            log(f"no profile: {type(error).__name__}: {error}")
         seen = profile.rounds(events, programs)
         log(f"profiled {len(seen)} of {load.profile_rounds} rounds, {len(events)} kernels")
     if not seen:
@@ -437,6 +440,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-sink", type=int, default=default.text_sink, help="tokens")
     parser.add_argument("--text-sliding", type=int, default=default.text_sliding, help="tokens")
     parser.add_argument("--profile-rounds", type=int, default=default.profile_rounds, help="rounds under the device profiler; 0: no stages")
+    parser.add_argument("--keep-profile", metavar="DIR", help="keep the profiler's files, for XProf or Perfetto")
     parser.add_argument("--pipelined-rounds", type=int, default=default.pipelined_rounds, help="rounds enqueued ahead; 0: none")
     parser.add_argument("--video", metavar="FILE", help="watch this file over and over instead of a drawn clip")
     parser.add_argument("--json", metavar="FILE", help="write the results: an object, or a list of several")
