@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -132,8 +132,8 @@ def recording(keep: str | None = None) -> Iterator[list[Event]]:
             shutil.copytree(folder, keep, dirs_exist_ok=True)
 
 
-def read(profile: ProfileData) -> list[Event]:
-    """The kernels of the first device, or the operations that the CPU's threads ran; in order of their start."""
+def read(profile: Any) -> list[Event]:
+    """The kernels of the first device of a `jax.profiler.ProfileData`, or the operations that the CPU's threads ran; in order of their start."""
     planes = {plane.name: plane for plane in profile.planes}
     devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
     if not devices:
