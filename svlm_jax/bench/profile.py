@@ -133,7 +133,7 @@ def recording(keep: str | None = None) -> Iterator[list[Event]]:
 
 
 def read(profile: Any) -> list[Event]:
-    """The kernels of the first device of a `jax.profiler.ProfileData`, or the operations that the CPU's threads ran; in order of their start."""
+    """Of a `jax.profiler.ProfileData`, the first device's kernels, or the operations that the CPU's threads ran, in order of start."""
     planes = {plane.name: plane for plane in profile.planes}
     devices = sorted(name for name in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", name))
     if not devices:
