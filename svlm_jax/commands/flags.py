@@ -80,9 +80,12 @@ def stream_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
 
 
@@ -119,6 +122,6 @@ def _question(text: str) -> tuple[str, float]:
     try:
         if words.strip():
             return words.strip(), _not_negative(when)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} must be a text, @ and a time in seconds, such as 'Who scored?@12.5'")
