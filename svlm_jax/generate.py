@@ -17,7 +17,7 @@ from svlm_jax.model.qwen_vl import bind, embed_prompt
 from svlm_jax.streaming.layout import Field, Ring, StreamSpec, round_up
 from svlm_jax.streaming.prompt import PromptLayout, spoken_ids
 from svlm_jax.streaming.state import StreamState, init_state
-from svlm_jax.streaming.step import Chunk, decode, first_token
+from svlm_jax.streaming.step import Chunk, Run, decode, first_token
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Bool, Int, Key, Params, UInt8
 
@@ -82,7 +82,7 @@ def ingest_chat(
     tokens: Int[Array, "1 T"],
     valid: Bool[Array, "1 T"],
     positions: Int[Array, "1 T 3"],
-    visuals: tuple[UInt8[Array, "1 F 3 height width"], ...],
+    visuals: tuple[UInt8[Array, "1 _ 3 _ _"], ...],
     places: Int[Array, "1 C"],
     end: Int[Array, "1"],
     key: Key[Array, "1"],
@@ -94,7 +94,7 @@ def ingest_chat(
         features = [model.vision(frames) for frames in visuals]
     with jax.named_scope("prefill"):
         x = embed_prompt(model, tokens, jnp.concatenate(features, 1) if features else None, places if features else None)
-        chunk = Chunk(tokens, valid, positions, ((0, tokens.shape[1], 0),))
+        chunk = Chunk(tokens, valid, positions, (Run(0, tokens.shape[1], 0),))
         return first_token(model, state.replace(next_position=end), chunk, x, key, jnp.ones((1,), jnp.bool_))
 
 

@@ -9,8 +9,12 @@
 
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
+Array = jax.Array | np.ndarray  # what goes into a compiled function may still be on the host
+Slot = int | Int[Array, ""]  # a slot of the cache, static or traced
 Params = dict[str, Any]  # nested dict of arrays, as `model.qwen_vl` lays them out
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "Slot", "UInt8"]

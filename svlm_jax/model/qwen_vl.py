@@ -34,7 +34,7 @@ def _abstract(config: ModelConfig, dtype: str, stacked: bool) -> tuple[nnx.Graph
 
 def is_stacked(params: Params) -> bool:
     """Whether the decoder's layers are one stacked layer (a dict of leaves) rather than a dict of layers."""
-    return 0 not in params["text"]["layers"]
+    return "qkv" in params["text"].get("layers", {})
 
 
 def bind(config: ModelConfig, params: Params) -> QwenVL:
@@ -114,7 +114,7 @@ def forward(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T 3"],
     *,
-    visuals: Sequence[UInt8[Array, "B F 3 height width"]] = (),
+    visuals: Sequence[UInt8[Array, "B _ 3 _ _"]] = (),
     places: Int[Array, "B C"] | None = None,
     denominator: int = 1,
     segments: Int[Array, "B T"] | None = None,

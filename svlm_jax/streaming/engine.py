@@ -118,12 +118,12 @@ class Engine:
             raise UserError(f"the previous text has {len(words)} tokens and {capacity} fit: shorten it or raise --text-sink or --text-sliding")
         padded = np.zeros(capacity, np.int32)
         padded[: len(words)] = words
-        self.state = compiled["open_stream"](self.params, self.state, np.int32(row), padded, np.int32(len(words)))
+        self.state = compiled["open_stream"](self.params, self.state, np.asarray(row, np.int32), padded, np.asarray(len(words), np.int32))
 
     def close(self, row: int = 0) -> None:
         """Ends the stream in `row` and empties it."""
         del self._rows[row]
-        self.state = compiled["close_stream"](self.state, np.int32(row))
+        self.state = compiled["close_stream"](self.state, np.asarray(row, np.int32))
 
     def prompt(self, times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None) -> Prompt:
         """The arrays of one round from each open row's (start, end) in seconds, and questions in mid-stream."""

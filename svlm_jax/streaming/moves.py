@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from svlm_jax.model.rope import Rotation, rotate, shift_rotation
 from svlm_jax.streaming.layout import CacheLayout, Field
 from svlm_jax.streaming.state import StreamState
-from svlm_jax.types import Array, Bool, Int
+from svlm_jax.types import Array, Bool, Int, Slot
 
 if TYPE_CHECKING:
     from svlm_jax.streaming.evict import Plan
@@ -33,8 +33,8 @@ class Block(NamedTuple):
 class Move:
     """A run of slots that changes place, at the same slots in every stream."""
 
-    source: Int[Array, ""]
-    target: Int[Array, ""]
+    source: Slot
+    target: Slot
     size: int
     delta: Int[Array, "B"]  # change of the coordinate u
     keep: Bool[Array, "B size"]  # which of them are valid at the target
@@ -54,7 +54,7 @@ class Move:
 class Words(NamedTuple):
     """How the previous text changes. Word n of a stream stands in the sink, or in the ring at (n - sink) mod ring."""
 
-    source: Int[Array, ""]  # first slot of the leaving turn's words
+    source: Slot  # first slot of the leaving turn's words
     sink: Int[Array, "B sink"]  # which of the turn's words each sink slot takes; -1: none
     ring: Int[Array, "B ring"]
     delta: Int[Array, "B M-1"]  # change of coordinate of each of the turn's words

@@ -23,9 +23,16 @@ from svlm_jax.streaming.evict import evict
 from svlm_jax.streaming.layout import CacheLayout, Field, StreamSpec
 from svlm_jax.streaming.sampling import sample, visible_tokens
 from svlm_jax.streaming.state import Prompt, StreamState, Turn
-from svlm_jax.types import Array, Bool, Float, Int, Key, Params, UInt8
+from svlm_jax.types import Array, Bool, Float, Int, Key, Params, Slot, UInt8
 
-Run = tuple[int, int, Array | int]  # (first row of the chunk, rows, first slot)
+class Run(NamedTuple):
+    """Rows of a chunk that go to neighbouring slots, in all streams at once."""
+
+    row: int
+    rows: int
+    slot: Slot
+    only: Bool[Array, "B"] | None = None  # streams that are written; None: these slots are free in all of them
+
 
 
 class Chunk(NamedTuple):
@@ -44,8 +51,12 @@ def _rotation(spec: StreamSpec, coordinates: Int[Array, "... 3"]) -> Rotation:
 
 def _append(x: Array, rows: Array, runs: Sequence[Run]) -> Array:
     """Runs of rows [B, ..., T, H] into x [B, ..., S, H]; each run is one contiguous write for all streams."""
-    for row, count, slot in runs:
-        x = jax.lax.dynamic_update_slice_in_dim(x, rows[..., row : row + count, :].astype(x.dtype), slot, axis=x.ndim - 2)
+    axis = x.ndim - 2
+    for row, count, slot, only in runs:
+        block = rows[..., row : row + count, :].astype(x.dtype)
+        if only is not None:
+            block = jnp.where(only.reshape(-1, *(1,) * (axis + 1)), block, jax.lax.dynamic_slice_in_dim(x, slot, count, axis))
+        x = jax.lax.dynamic_update_slice_in_dim(x, block, slot, axis)
     return x
 
 
@@ -147,7 +158,8 @@ def _chunk(state: StreamState, prompt: Prompt) -> tuple[Int[Array, "B T"], Bool[
     constant(Field.CLOSE, p.block_close)
     constant(Field.ASSISTANT, p.assistant_head)
 
-    room, runs, row, clip_row = ring.room(state.round), [], 0, 0
+    room, row, clip_row = ring.room(state.round), 0, 0
+    runs: list[Run] = []
     end = None  # (row, slot) right behind the last run, which a neighbour in both prolongs
     for field, rows, _ in columns:
         offset = 0
@@ -158,9 +170,10 @@ def _chunk(state: StreamState, prompt: Prompt) -> tuple[Int[Array, "B T"], Bool[
         apart = field in (Field.QUESTION, Field.QUERY)
         slot = ring.slot(field, room) if apart else ring.start + room * ring.stride + offset
         if end is not None and not apart and end == (row, offset):
-            runs[-1] = (runs[-1][0], runs[-1][1] + rows.shape[1], runs[-1][2])
+            runs[-1] = runs[-1]._replace(rows=runs[-1].rows + rows.shape[1])
         else:
-            runs.append((row, rows.shape[1], slot))
+            # The query has one place, which a stream that is past its first round may still hold
+            runs.append(Run(row, rows.shape[1], slot, ~older if field is Field.QUERY else None))
         end = None if apart else (row + rows.shape[1], offset + rows.shape[1])
         clip_row = row if field is Field.CLIP else clip_row
         row += rows.shape[1]
@@ -269,7 +282,7 @@ def _decode_step(model: QwenVL, state: StreamState, key: Key[Array, "B"], step: 
     token = jax.lax.dynamic_index_in_dim(state.turn, step - 1, axis=1)
     positions = jnp.broadcast_to(state.next_position[:, None, None], (*token.shape, 3))
     x = model.text.embed(token)
-    chunk = Chunk(token, goes[:, None], positions, ((0, 1, ring.slot(Field.GENERATED, room) + step - 1),))
+    chunk = Chunk(token, goes[:, None], positions, (Run(0, 1, ring.slot(Field.GENERATED, room) + step - 1),))
     if state.embeddings:
         state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], chunk.runs),))
     x, state = _prefill(model, state, chunk, x)
