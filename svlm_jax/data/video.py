@@ -33,6 +33,8 @@ SEEK_BACK = (0, 10, 60)  # seconds before the start to seek to, the next where o
 UNINDEXED = ("mpeg", "mpegts")  # after a seek their times need a second to settle, so never seek right to the start
 LEAP = 10  # seconds; a longer step of a broadcast's clock is a splice and no long frame (the threshold of ffmpeg's command line)
 NETWORK_TIMEOUT = (10.0, 30.0)  # seconds to open a URL, and to wait for its next bytes
+# PyAV 19 is lenient by itself and no longer takes the argument
+LENIENT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 LEAVE_BEHIND = 5.0  # seconds to wait for a reading thread that a stalled network keeps busy; it ends by itself later
 TICK = Fraction(1, 1000)  # seconds; containers round the end of the last frame, by a millisecond in Matroska
 BROKEN_READS = 64  # unreadable stretches in a row after which the file counts as ended
@@ -238,7 +240,7 @@ def _open_container(source: str):
             raise UserError(f"{source} is empty: fetch or record it again")
     try:
         # titles and the like come in any encoding; they are not used
-        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT, metadata_errors="replace")
+        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT, **LENIENT)
     except (FFmpegError, OSError) as error:
         raise UserError(f"{source} cannot be opened ({_reason(error)}): give a file that a video player can play") from None
     if container.format.name in NOT_VIDEO:

@@ -1,0 +1,138 @@
+"""Measures ring attention on this machine's accelerator: correct first, then time, beside XLA and cuDNN in the same run.
+
+    python -m svlm_jax.kernels.bench [--slots 15104] [--tokens 768] [--streams 1] [--json FILE]
+
+A program cycles through the caches of several layers, so that nothing is found in a cache of the chip, and each layer's
+output is the next one's query. Time is the median of the programs' wall time over the number of layers.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from svlm_jax.kernels.ring_attention.api import BACKENDS, Regions, Unsupported, ring_attention
+
+HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B
+
+
+def make_inputs(key: jax.Array, *, streams: int, tokens: int, regions: Regions, fill: float = 0.85) -> dict[str, jax.Array]:
+    """Random operands of one layer, bfloat16; a share of the slots is not valid."""
+    slots, keys = regions[-1][1], jax.random.split(key, 7)
+
+    def normal(index: int, *shape: int) -> jax.Array:
+        return jax.random.normal(keys[index], shape, jnp.bfloat16)
+
+    return {
+        "q": normal(0, streams, len(regions), tokens, HEADS, HEAD_DIM),
+        "k": normal(1, streams, KV_HEADS, slots, HEAD_DIM),
+        "v": normal(2, streams, KV_HEADS, slots, HEAD_DIM),
+        "valid": jax.random.uniform(keys[3], (streams, slots)) < fill,
+        "self_k": normal(4, streams, KV_HEADS, tokens, HEAD_DIM),
+        "self_v": normal(5, streams, KV_HEADS, tokens, HEAD_DIM),
+        "self_valid": jax.random.uniform(keys[6], (streams, tokens)) < 0.97,
+    }
+
+
+def cudnn(q, k, v, valid, *, self_k, self_v, self_valid, regions: Regions) -> jax.Array:
+    """cuDNN with a dense mask over cache and chunk; it knows one query for all regions, so this is a time and not an answer."""
+    slots, tokens = k.shape[2], q.shape[2]
+    keys, values = (jnp.swapaxes(jnp.concatenate(pair, 2), 1, 2) for pair in ((k, self_k), (v, self_v)))
+    causal = jnp.tril(jnp.ones((tokens, tokens), bool)) & self_valid[:, None]
+    mask = jnp.concatenate([jnp.broadcast_to(valid[:, None], (q.shape[0], tokens, slots)), causal], -1)[:, None]
+    return jax.nn.dot_product_attention(q[:, -1], keys, values, mask=mask, implementation="cudnn")
+
+
+def relative_error(ours: jax.Array, truth: jax.Array) -> float:
+    ours, truth = (np.asarray(a, np.float64) for a in (ours, truth))
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
+def check(backend: str, *, streams: int, tokens: int, regions: Regions) -> dict[str, float]:
+    """Against the reference in float32, on fresh inputs with holes, an empty region."""
+    worst = {"out": 0.0, "lse": 0.0}
+    for seed in range(3):
+        arrays = make_inputs(jax.random.key(seed), streams=streams, tokens=tokens, regions=regions, fill=(0.85, 0.02, 0.5)[seed])
+        if seed == 1:
+            arrays["valid"] &= jnp.arange(regions[-1][1]) >= regions[0][1]
+        wide = {name: a if a.dtype == bool else a.astype(jnp.float32) for name, a in arrays.items()}
+        with jax.default_matmul_precision("highest"):
+            truth, true_lse = jax.jit(functools.partial(ring_attention, regions=regions, backend="reference"))(**wide)
+        call = jax.jit(functools.partial(ring_attention, regions=regions, backend=backend))
+        out, lse = call(**arrays)
+        again, _ = call(**arrays)
+        assert bool(jnp.array_equal(out, again)), f"{backend}: two runs differ in their bits"
+        assert bool(jnp.isfinite(out).all()), f"{backend}: the output is not finite"
+        worst["out"] = max(worst["out"], relative_error(out, truth))
+        worst["lse"] = max(worst["lse"], float(jnp.abs(lse - true_lse).max()))
+    return worst
+
+
+def microseconds(layer: Callable, arrays: list[dict[str, jax.Array]], repeats: int = 20) -> float:
+    """Median time of one layer."""
+
+    @jax.jit
+    def program(arrays):
+        q = arrays[0]["q"]
+        for operands in arrays:
+            out = layer(**(operands | {"q": q}))
+            q = q + out[:, None].astype(q.dtype) * 1e-3
+        return q
+
+    jax.block_until_ready(program(arrays))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(program(arrays))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) / len(arrays) * 1e6
+
+
+def measure(*, streams: int, tokens: int, regions: Regions, layers: int = 8) -> dict[str, object]:
+    """One size: errors, times and rates of every backend that takes it, and of cuDNN."""
+    arrays = [make_inputs(jax.random.key(100 + i), streams=streams, tokens=tokens, regions=regions) for i in range(layers)]
+    held = float(np.mean([np.asarray(a["valid"]).mean() for a in arrays])) * regions[-1][1]
+    operations = 4.0 * streams * tokens * HEADS * HEAD_DIM * (held + tokens / 2)
+    record: dict[str, object] = {"streams": streams, "tokens": tokens, "slots": regions[-1][1], "valid_slots": held, "operations": operations}
+    calls: dict[str, Callable] = {name: functools.partial(ring_attention, regions=regions, backend=name) for name in BACKENDS}
+    for name, call in calls.items():
+        try:
+            error = check(name, streams=streams, tokens=tokens, regions=regions)
+            taken = microseconds(lambda call=call, **operands: call(**operands)[0], arrays)
+            record[name] = {"us": taken, "tflops": operations / taken / 1e6, "relative_error": error["out"], "lse_error": error["lse"]}
+        except Unsupported as reason:
+            record[name] = {"unsupported": str(reason)}
+    try:
+        taken = microseconds(functools.partial(cudnn, regions=regions), arrays)
+        record["cudnn"] = {"us": taken, "tflops": operations / taken / 1e6}
+    except Exception as error:  # no cuDNN on this machine, or sizes that it does not take: the reason is the record
+        record["cudnn"] = {"unsupported": str(error).splitlines()[0][:200]}
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slots", type=int, nargs="+", default=[15_104])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[768])
+    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    records = []
+    for slots in arguments.slots:
+        for tokens in arguments.tokens:
+            regions = ((0, 640), (640, 1152), (1152, slots))
+            record = measure(streams=arguments.streams, tokens=tokens, regions=regions)
+            records.append({"device": jax.devices()[0].device_kind, "jax": jax.__version__, **record})
+            print(json.dumps(records[-1]), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
