@@ -234,11 +234,12 @@ class Commentary:
         self._marks.append((time.perf_counter(), item[0].start if item else 0.0))
         while item is not None:
             video, frames = item
-            if waiting and self._must_know(video.index):
+            kind = self._kind(video.index)
+            if waiting and (self._must_know(video.index) or not self._programs.ready(kind)):
                 yield self._finish(engine, *waiting)
                 waiting = None
             clock = time.perf_counter()
-            self._programs.wait(self._kind(video.index))
+            self._programs.wait(kind)
             self._compiling += time.perf_counter() - clock
             question = self._questions.get(video.index)
             try:

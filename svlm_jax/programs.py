@@ -102,6 +102,10 @@ class Programs:
         self._pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "compile")
         self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, *call) for name, call in calls.items()}
 
+    def ready(self, name: Any) -> bool:
+        """Whether `wait` would return at once."""
+        return name not in self._futures or self._futures[name].done()
+
     def wait(self, *names: Any) -> None:
         """Until "open_stream", "decode" or the `ingest` of a kind is ready."""
         for name in names:

@@ -154,6 +154,16 @@ def test_a_truncated_video_is_captioned_as_far_as_it_goes(tmp_path, default_run)
     assert 3 <= len(texts) < 12 and texts[:-1] == whole[: len(texts) - 1]
 
 
+@pytest.mark.parametrize("platform", ["cuda", "no_such_platform"])
+def test_a_platform_that_is_not_there(platform):
+    if platform == "cuda" and any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is a GPU")
+    done = subprocess.run(SERVE, capture_output=True, text=True, timeout=120, env={**os.environ, "JAX_PLATFORMS": platform})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("svlm: JAX finds no device (") and platform in error and "unset JAX_PLATFORMS, or set it to cpu" in error
+
+
 def test_a_wheel_holds_all_that_a_run_needs(tmp_path):
     """Built from a copy, as building leaves files behind."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()

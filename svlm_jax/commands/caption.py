@@ -92,8 +92,9 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
     use_compilation_cache(not args.no_compilation_cache)
     try:
         jax.devices()
-    except RuntimeError as error:  # a platform that is asked for and not there
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # a platform that is asked for and not there
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        reason = next(iter(str(error).splitlines()), "") or f"none of {wanted}"
         raise UserError(f"JAX finds no device ({reason}): unset JAX_PLATFORMS, or set it to cpu") from error
     return Commentary(
         args.source or sample_clip(),
