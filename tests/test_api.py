@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -136,6 +137,14 @@ def test_a_live_source_does_not_wait_for_its_next_round(model):
     for _ in commentary:
         order.append("caption")  # noqa: PERF401
     assert order == ["caption", "frames", "caption", "frames", "caption"]
+
+
+def test_a_stream_that_is_left_ends_its_reading(model):
+    captions = svlm_jax.stream(CLIP, model)
+    assert next(captions).start == 0
+    assert "read-ahead" in {thread.name for thread in threading.enumerate()}
+    captions.close()  # type: ignore[attr-defined]
+    assert "read-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_full_mode_has_room_for_the_whole_file(model):
