@@ -10,7 +10,7 @@ Importing this package imports nothing else: what is named here is loaded when i
 
 import importlib
 import sys
-import types
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-class _Package(types.ModuleType):
+class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing svlm_jax.generate, the module, must not put it in the place of svlm_jax.generate, the function.
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+        if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

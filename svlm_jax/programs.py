@@ -84,20 +84,20 @@ def _way_out(stream: StreamConfig, weights_alone: bool) -> str:
 
 
 class Programs:
-    """Compiles what an engine of one stream will call. A call of the engine then finds its program in JAX's own cache."""
+    """Compiles what an engine will call. A call of the engine then finds its program in JAX's own cache."""
 
-    def __init__(self, spec: StreamSpec, params: Params, dtype: Any, kinds: list[Kind]):
+    def __init__(self, spec: StreamSpec, params: Params, dtype: Any, kinds: list[Kind], *, streams: int = 1):
         """`params` may be shapes. `kinds` are the rounds to come, the first one first: programs start in this order."""
-        state, i32 = state_shapes(spec, 1, dtype), np.dtype(np.int32)
-        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-        frames = _shape((1, spec.stream.frames_per_round, 3, spec.height, spec.width), np.dtype(np.uint8))
+        state, i32 = state_shapes(spec, streams, dtype), np.dtype(np.int32)
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
+        frames = _shape((streams, spec.stream.frames_per_round, 3, spec.height, spec.width), np.dtype(np.uint8))
         words = _shape((spec.cache.words_capacity,), i32)
         params = jax.tree.map(_like, params)
-        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, *kinds[0]), key)}
+        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, streams, *kinds[0]), key)}
         calls["open_stream"] = ("open_stream", params, state, _shape((), i32), words, _shape((), i32))
         calls["decode"] = ("decode", params, state, key)
         for kind in kinds[1:]:
-            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, *kind), key))
+            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, streams, *kind), key))
         # No more at once than there are cores: the first caption waits for the first three alone
         self._pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "compile")
         self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, *call) for name, call in calls.items()}
@@ -131,14 +131,14 @@ def _like(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pinned)
 
 
-def _prompt(spec: StreamSpec, query: bool, question: bool) -> Prompt:
-    """The shapes of `Engine.prompt` for one stream."""
+def _prompt(spec: StreamSpec, streams: int, query: bool, question: bool) -> Prompt:
+    """The shapes of `Engine.prompt`."""
 
     def ids(present: bool, size: int) -> tuple[Any, Any]:
         i32 = np.dtype(np.int32)
-        return (_shape((1, size), i32), _shape((1,), i32)) if present else (None, None)
+        return (_shape((streams, size), i32), _shape((streams,), i32)) if present else (None, None)
 
-    active: Any = _shape((1,), np.dtype(np.bool_))
+    active: Any = _shape((streams,), np.dtype(np.bool_))
     return Prompt(
         *ids(True, spec.time_capacity),
         active,

@@ -5,6 +5,7 @@ the query's copy for that region, and then the chunk's own keys up to the diagon
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -153,6 +154,7 @@ def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v
             fetch(index)
 
 
+@functools.partial(jax.jit, static_argnames="shapes")
 def prefill(shapes: Shapes, q, k, v, hidden, self_k, self_v, self_hidden, tiles, first) -> tuple[jax.Array, jax.Array]:
     """Launches the kernel: out [B, T, N, H], lse float32 [B, N, T]. `hidden` [B, S] and `self_hidden` [B, T] are 0 or HIDDEN."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))

@@ -4,6 +4,7 @@ A parameter line gives shape, logical axes and initialiser; `svlm_jax.sharding` 
 With `stack=L` every parameter of a layer gets a leading "layers" axis: one stacked layer instead of L separate ones.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,23 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], epsilon: float
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * scale).astype(x.dtype) * weight
+
+
+def once(body: Callable[..., Any], *static: str) -> Callable[..., Any]:
+    """`body(module, *arrays, **static)` as a function that is traced and lowered once for all layers of one shape.
+
+    Layers in a list are the same program over other arrays: without this, tracing a deep model takes longer than compiling it.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("graphdef", *static))
+    def traced(graphdef, weights, *arrays, **settings):
+        return body(nnx.merge(graphdef, weights), *arrays, **settings)
+
+    def call(module, *arrays, **settings):
+        graphdef, weights = nnx.split(module)
+        return traced(graphdef, weights, *arrays, **settings)
+
+    return call
 
 
 def take_layer(layers: Any, index: int) -> Any:

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from svlm_jax.config import VisionConfig
-from svlm_jax.model.layers import Declare, fan_in, ones, rms_norm, zeros
+from svlm_jax.model.layers import Declare, fan_in, once, ones, rms_norm, zeros
 from svlm_jax.model.rope import Rotation, rotate, vision_rotation
-from svlm_jax.types import Array, Float, UInt8
+from svlm_jax.types import Array, Bool, Float, UInt8
 
 # CLIP's pixel statistics, in units of full scale (arXiv 2103.00020)
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -90,9 +90,9 @@ class VisionBlock(nnx.Module):
         self.down_bias = declare((e,), ("norm",), zeros)
 
     def __call__(
-        self, x: Float[Array, "grids W p E"], rotation: Rotation, valid: np.ndarray, *, full: bool
+        self, x: Float[Array, "grids W p E"], rotation: Rotation, valid: Bool[Array, "W p"] | None, *, full: bool
     ) -> Float[Array, "grids W p E"]:
-        """x in window order: W windows of p patches; `valid` [W, p]; `full` attends across windows."""
+        """x in window order: W windows of p patches, those of `valid` real (None: all); `full` attends across windows."""
         epsilon = self.config.rms_norm_eps
         with jax.named_scope("full_attention" if full else "window_attention"):
             y = rms_norm(x, self.attention_norm[...], epsilon)
@@ -101,9 +101,9 @@ class VisionBlock(nnx.Module):
             shape = q.shape
             if full:
                 q, k, v = (a.reshape(shape[0], 1, -1, *shape[3:]) for a in (q, k, v))
-                valid = valid.reshape(1, -1)
+                valid = None if valid is None else valid.reshape(1, -1)
             scores = jnp.einsum("bwpnh,bwsnh->bwnps", q, k, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
-            if not valid.all():
+            if valid is not None:
                 scores = jnp.where(valid[:, None, None, :], scores, np.float32(-1e30))
             weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
             heads = jnp.einsum("bwnps,bwsnh->bwpnh", weights, v).reshape(shape)
@@ -113,6 +113,9 @@ class VisionBlock(nnx.Module):
             gate_up = jnp.einsum("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
             y = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
             return x + jnp.einsum("bwpf,fe->bwpe", y, self.down[...]) + self.down_bias[...]
+
+
+_block = once(VisionBlock.__call__, "full")
 
 
 class VisionTower(nnx.Module):
@@ -139,8 +142,9 @@ class VisionTower(nnx.Module):
         x = jnp.einsum("gpf,fe->gpe", patches, self.patch_embed[...])
         x = x.reshape(x.shape[0], order.windows, order.window_patches, -1)
         rotation = Rotation(*(a.reshape(*x.shape[1:3], 1, -1) for a in order.rotation))
+        valid = None if order.valid.all() else jnp.asarray(order.valid)
         for index, block in enumerate(self.blocks):
-            x = block(x, rotation, order.valid, full=index in c.fullatt_block_indexes)
+            x = _block(block, x, rotation, valid, full=index in c.fullatt_block_indexes)
         with jax.named_scope("merger"):
             x = rms_norm(x, self.merger_norm[...], c.rms_norm_eps)
             x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order.restore]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svlm_jax.kernels.ring_attention.api import ring_attention
-from svlm_jax.model.layers import take_layer
+from svlm_jax.model.layers import once, take_layer
 from svlm_jax.model.qwen_vl import QwenVL, bind
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
 from svlm_jax.streaming.evict import evict
@@ -73,20 +73,33 @@ def _prefill(model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B
     rotation = _rotation(spec, chunk.positions[:, None] + state.shift[:, :, None, None])
     query_turn = Rotation(*(a[..., None, :] for a in rotation))
     key_turn = Rotation(*(a[:, -1, :, None] for a in rotation))
+    slots = tuple(jnp.asarray(run.slot, jnp.int32) for run in chunk.runs)
+    only = tuple(run.only for run in chunk.runs)
+    shape = tuple((run.row, run.rows) for run in chunk.runs)
     ks, vs = list(state.k), list(state.v)
     for index in range(len(ks)):
-
-        def attend(q, k, v, index=index):
-            q = rotate(q[:, None], query_turn)
-            k, v = jnp.swapaxes(rotate(k, key_turn), 1, 2), jnp.swapaxes(v, 1, 2)
-            past = {"regions": cache.regions, "self_k": k, "self_v": v, "self_valid": chunk.valid}
-            out, _ = ring_attention(q, ks[index], vs[index], state.valid, **past)
-            with jax.named_scope("append"):
-                ks[index], vs[index] = _append(ks[index], k, chunk.runs), _append(vs[index], v, chunk.runs)
-            return out
-
-        x = take_layer(model.text.layers, index)(x, attend)
+        layer, past = take_layer(model.text.layers, index), (ks[index], vs[index], state.valid)
+        x, ks[index], vs[index] = _layer(layer, x, *past, query_turn, key_turn, chunk.valid, slots, only, regions=cache.regions, shape=shape)
     return x, state.replace(k=tuple(ks), v=tuple(vs))
+
+
+def _cached_layer(layer, x, k, v, valid, query_turn, key_turn, fresh_valid, slots, only, *, regions, shape):
+    """One layer over its cache: x [B, T, D] and the layer's k and v [B, K, S, H], with the new tokens in their runs."""
+    written = []
+
+    def attend(q, fresh_k, fresh_v):
+        q = rotate(q[:, None], query_turn)
+        fresh_k, fresh_v = jnp.swapaxes(rotate(fresh_k, key_turn), 1, 2), jnp.swapaxes(fresh_v, 1, 2)
+        out, _ = ring_attention(q, k, v, valid, regions=regions, self_k=fresh_k, self_v=fresh_v, self_valid=fresh_valid)
+        runs = [Run(*rows, slot, streams) for rows, slot, streams in zip(shape, slots, only, strict=True)]
+        with jax.named_scope("append"):
+            written.extend(_append(cache, rows, runs) for cache, rows in ((k, fresh_k), (v, fresh_v)))
+        return out
+
+    return layer(x, attend), *written
+
+
+_layer = once(_cached_layer, "regions", "shape")
 
 
 def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"], StreamState]:
