@@ -55,7 +55,7 @@ def lock_step(commentary: Commentary, model) -> list[tuple[int, ...]]:
 
 
 def python(code: str, **environment: str) -> str:
-    command, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    command, env = [sys.executable, "-W", "error::ImportWarning", "-c", code], {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -75,7 +75,7 @@ def test_names_touch_no_device():
 
 
 def test_generate_is_the_function_even_where_its_module_was_imported_first():
-    assert python("import svlm_jax.generate; print(svlm_jax.generate.__name__, callable(svlm_jax.generate))") == "generate True"
+    assert python("import svlm_jax.types, svlm_jax.generate; print(svlm_jax.generate.__name__, callable(svlm_jax.generate))") == "generate True"
     with pytest.raises(AttributeError, match="no attribute 'captions_of'"):
         svlm_jax.captions_of  # noqa: B018
 
