@@ -43,8 +43,9 @@ class DecoderLayer(nnx.Module):
             y = rms_norm(x, self.attention_norm[...], epsilon)
             qkv = jnp.einsum("btd,dkch->btkch", y, self.qkv[...]) + self.qkv_bias[...]
             q, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-            heads = attend(q.reshape(batch, length, -1, q.shape[-1]), key, value).reshape(q.shape)
-            x = x + jnp.einsum("btkgh,kghd->btd", heads, self.out[...])
+            heads = attend(q.reshape(batch, length, -1, q.shape[-1]), key, value).reshape(batch, length, -1)
+            # One contracted axis: over three, the compiler transposes the weights before every product
+            x = x + jnp.einsum("btn,nd->btd", heads, self.out[...].reshape(heads.shape[-1], -1))
         with jax.named_scope("mlp"):
             y = rms_norm(x, self.mlp_norm[...], epsilon)
             gate_up = jnp.einsum("btd,dcf->btcf", y, self.gate_up[...])

@@ -106,8 +106,8 @@ class VisionBlock(nnx.Module):
             if valid is not None:
                 scores = jnp.where(valid[:, None, None, :], scores, np.float32(-1e30))
             weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-            heads = jnp.einsum("bwnps,bwsnh->bwpnh", weights, v).reshape(shape)
-            x = x + jnp.einsum("bwpnh,nhe->bwpe", heads, self.out[...]) + self.out_bias[...]
+            heads = jnp.einsum("bwnps,bwsnh->bwpnh", weights, v).reshape(*x.shape[:-1], -1)
+            x = x + jnp.einsum("bwpn,ne->bwpe", heads, self.out[...].reshape(heads.shape[-1], -1)) + self.out_bias[...]
         with jax.named_scope("mlp"):
             y = rms_norm(x, self.mlp_norm[...], epsilon)
             gate_up = jnp.einsum("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]

@@ -26,6 +26,7 @@ from svlm_jax.model.rope import clip_extent, clip_offsets
 from svlm_jax.streaming.prompt import PromptLayout
 
 TILE = 128  # regions start on a tile
+CACHE_TILE = 1024  # the whole cache is a multiple of this: split products over slots would else copy the values to pad them
 ROW_TILE = 16  # chunks and rooms are multiples of this (the bf16 tile of a TPU)
 PENDING_SLOTS = 3  # last sampled token, <|im_end|> if the turn was cut, newline
 
@@ -234,8 +235,9 @@ class CacheLayout:
         self.chunk_rows = prompt_rows + self.hole  # without question and query
         newest = min(self.vision_window, self.text_window)
         self.rounds = add(newest, newest, (*before, Field.CLIP, *after, Field.GENERATED), question, self.hole)
+        self.slots = round_up(self.rounds.stop, CACHE_TILE)
+        regions[-1] = (self.rounds.start, self.slots)
         self.regions = tuple(regions)
-        self.slots = regions[-1][1]
 
         # Roles of slots
         self.field_of = np.zeros(self.slots, np.int8)
