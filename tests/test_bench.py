@@ -219,6 +219,18 @@ def test_stages_of_a_gpu_profile():
         assert 1e6 * round.parts["prefill/mlp"] == pytest.approx(60)
 
 
+def test_kernels_of_a_command_buffer_fall_into_consecutive_stages():
+    """Two kernels share the name of a copy that evicts; the stretch they stand in decides."""
+    known = {"jit_ingest": {"copy.1": ("evict", "other"), "dot.2": ("vision", "mlp"), "dot.3": ("prefill", "mlp")}, "jit_decode": {}}
+    names = ["copy_1", "copy_1", "nvjet", "dot_2", "nvjet", "dot_3", "copy_1", "dot_3", "copy_1"]
+    events = [profile.Event(10.0 * i, 10.0 * i + 8, "jit_ingest", name, None, graph=True) for i, name in enumerate(names)]
+    events.append(profile.Event(100.0, 108.0, "jit_decode", "dot_9", None, graph=True))
+    (round,) = profile.rounds(events, known)
+    milliseconds = {name: 1e-6 * value for name, value in {"evict": 28, "vision": 20, "prefill": 40, "decode": 8, "other": 12}.items()}
+    assert round.stages == pytest.approx(milliseconds)
+    assert round.total == pytest.approx(108e-6)
+
+
 def test_a_cpu_profile_of_a_real_program():
     def ingest(x):
         with jax.named_scope("vision"), jax.named_scope("mlp"):

@@ -7,6 +7,7 @@ A stage's time is wall time on the device: a gap before a kernel counts to the k
 
 import collections
 import contextlib
+import itertools
 import re
 import shutil
 import tempfile
@@ -53,6 +54,7 @@ class Event(NamedTuple):
     instruction: str
     run: object  # which run of the program; None where the profile does not say
     scope: str = ""  # op_name where the profile has it
+    graph: bool = False  # replayed in a command buffer: then `instruction` is the kernel's name, which equal kernels share
 
 
 class Round(NamedTuple):
@@ -117,6 +119,11 @@ def labels(hlo: str) -> tuple[str, dict[str, Label]]:
     return module[1] if module else "", out
 
 
+def plain(name: str) -> str:
+    """An instruction's name as a kernel's is spelled."""
+    return re.sub(r"[.\-]", "_", name)
+
+
 @contextlib.contextmanager
 def recording(keep: str | None = None) -> Iterator[list[Event]]:
     """Profiles what runs inside; the list is filled, in order of time, when it ends. `keep`: a folder for the profile's files."""
@@ -164,9 +171,12 @@ def _events(line, required: str | None) -> Iterator[Event]:
         if transfer:
             continue
         instruction = str(stats.get("hlo_op") or (_NAME.findall(name) or [""])[0])
+        graph = instruction.startswith("command_buffer")
+        if graph:
+            instruction = name
         scope = str(stats.get("name") or stats.get("tf_op") or "")
         start = event.start_ns
-        yield Event(start, start + event.duration_ns, str(stats.get("hlo_module", "")), instruction, stats.get("run_id"), scope)
+        yield Event(start, start + event.duration_ns, str(stats.get("hlo_module", "")), instruction, stats.get("run_id"), scope, graph)
 
 
 def _placed(events: Iterator[Event], modules: Sequence[tuple[float, float, str]]) -> list[Event]:
@@ -198,6 +208,7 @@ def rounds(events: Sequence[Event], programs: Mapping[str, Mapping[str, Label]])
       events: in order of time.
       programs: labels of the instructions of each program; those of programs that are missing here count as "other".
     """
+    programs = {program: {plain(name): label for name, label in known.items()} for program, known in programs.items()}
     out: list[Round] = []
     current: list[list[Event]] = []  # runs of programs
     for event in events:
@@ -214,6 +225,54 @@ def rounds(events: Sequence[Event], programs: Mapping[str, Mapping[str, Label]])
     return out
 
 
+def _labels_of(run: Sequence[Event], known: Mapping[str, Label] | None, program: str) -> list[Label]:
+    """The label of every event of one run of a program; an event without one of its own has that of the event before it."""
+    found: list[Label] = []
+    own: list[str | None] = []
+    label = (OTHER, OTHER)
+    for event in run:
+        named = None if known is None else known.get(plain(event.instruction))
+        if named is None and known is not None and "/" in event.scope:
+            named = label_of(event.scope)
+        own.append(named[0] if named and named[0] != OTHER else None)
+        label = named or label
+        found.append(label)
+    if program == LAST_PROGRAM:
+        return [("decode", part) for _, part in found]
+    if any(event.graph for event in run) and any(own):
+        stages = _consecutive(own, [event.end - event.start for event in run])
+        return [(stage, part) for stage, (_, part) in zip(stages, found, strict=True)]
+    return found
+
+
+def _consecutive(own: Sequence[str | None], durations: Sequence[float]) -> list[str]:
+    """The stages of a run's events as three consecutive stretches, in the order that contradicts the least time of named events.
+
+    Equal kernels share a name in a command buffer, so a copy that evicts and one that appends look alike: alone, names are no proof.
+    """
+    time, count = np.asarray(durations), len(own)
+    against = {
+        stage: np.concatenate([[0.0], np.cumsum(time * np.array([name not in (None, stage) for name in own]))]) for stage in STAGES[:3]
+    }
+    best: tuple[float, tuple[str, ...], int, int] | None = None
+    for order in itertools.permutations(STAGES[:3]):
+        first, second, third = (against[stage] for stage in order)
+        opening = np.minimum.accumulate(first - second)  # the best end of the first stretch, for every end of the second
+        total = opening + second + third[-1] - third
+        end = _last_least(total)
+        begin = _last_least((first - second)[: end + 1])
+        if best is None or total[end] < best[0]:
+            best = (float(total[end]), order, begin, end)
+    assert best is not None
+    _, order, begin, end = best
+    return [order[0]] * begin + [order[1]] * (end - begin) + [order[2]] * (count - end)
+
+
+def _last_least(values: np.ndarray) -> int:
+    """The last place of the least value: an event without a name goes with those before it."""
+    return len(values) - 1 - int(np.argmin(values[::-1]))
+
+
 def _round(runs: Sequence[Sequence[Event]], programs: Mapping[str, Mapping[str, Label]]) -> Round:
     stages: dict[str, float] = {name: 0.0 for name in (*STAGES, OTHER)}
     parts: dict[str, float] = collections.defaultdict(float)
@@ -225,15 +284,8 @@ def _round(runs: Sequence[Sequence[Event]], programs: Mapping[str, Mapping[str, 
             stages[OTHER] += run[0].start - cursor
             gaps += run[0].start - cursor
             cursor = run[0].start
-        known = programs.get(program)
-        stage, part = (OTHER, OTHER)
-        for event in run:
-            label = None if known is None else known.get(event.instruction)
-            if label is None and known is not None and "/" in event.scope:
-                label = label_of(event.scope)
-            stage, part = label or (stage, part)
-            if program == LAST_PROGRAM:
-                stage = "decode"
+        found = _labels_of(run, programs.get(program), program)
+        for event, (stage, part) in zip(run, found, strict=True):
             if event.end > cursor:
                 gaps += max(0.0, event.start - cursor)
                 stages[stage] += event.end - cursor
