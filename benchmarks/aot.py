@@ -1,0 +1,157 @@
+"""Compiles the streaming programs for TPUs that are not here, and writes down what they would take of their memory.
+
+    pip install -e . libtpu && python benchmarks/aot.py --out benchmarks/tpu_aot.json
+
+Needs no accelerator: the compiler is in the libtpu package. The full 7B model in bfloat16, one stream of 720p video at the
+defaults, on one v6e chip and cut by heads over the four chips of a v5e host; 20 to 30 minutes on two cores, nearly all for `ingest`.
+
+All bytes are those of one chip. `bytes_accessed` is the compiler's estimate; of a loop, as in `decode`, it counts one step.
+`temp_bytes` is what a program needs besides its arguments and results; results that alias the donated state take no room of their own.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler for TPUs is asked for by name, and no device of that kind is wanted
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is the cloud's metadata server
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from svlm_jax.bench.report import commit
+from svlm_jax.config import ModelConfig, StreamConfig
+from svlm_jax.configs.models import MODELS
+from svlm_jax.demo.make_tiny import tiny_path
+from svlm_jax.model.qwen_vl import abstract_params
+from svlm_jax.sharding import make_mesh, param_shardings, state_shardings
+from svlm_jax.streaming.engine import make_spec
+from svlm_jax.streaming.evict import evict
+from svlm_jax.streaming.layout import StreamSpec
+from svlm_jax.streaming.state import Prompt, StreamState, state_shapes
+from svlm_jax.streaming.step import decode, ingest, open_stream
+from svlm_jax.tokenizer import Tokenizer
+
+# name -> (how libtpu is asked for it, mesh axes)
+TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "v6e:1x1": ({"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)}, {}),
+    "v5e:2x2": ({"topology_name": "v5e:2x2"}, {"tensor": 4}),
+}
+PROGRAMS: dict[str, Callable] = {"evict": evict, "open_stream": open_stream, "decode": decode, "ingest": ingest}
+
+
+def topology_mesh(name: str) -> Mesh:
+    """The mesh of one of TOPOLOGIES, of devices that can be compiled for and nothing else."""
+    asked, axes = TOPOLOGIES[name]
+    return make_mesh(**axes, devices=topologies.get_topology_desc(platform="tpu", **asked).devices)
+
+
+def stream_spec(model: ModelConfig, config: StreamConfig, *, height: int = 560, width: int = 1008) -> StreamSpec:
+    """A model's engine at 720p as it is resized. The bundled tokenizer lays out the prompt: its ids are in every vocabulary."""
+    return make_spec(model, config, Tokenizer.load(tiny_path()), height=height, width=width)
+
+
+def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1) -> dict[str, tuple[Any, ...]]:
+    """Shapes of each program's arguments; the donated state is first in `evict` and second elsewhere."""
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    params, state = abstract_params(spec.model, dtype=dtype), state_shapes(spec, streams, dtype)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
+    frames = shape(streams, spec.stream.frames_per_round, 3, spec.height, spec.width, dtype=jnp.uint8)
+    prompt = Prompt(shape(streams, spec.time_capacity), shape(streams), shape(streams, dtype=jnp.bool_))
+    return {
+        "evict": (state,),
+        "open_stream": (params, state, shape(), shape(spec.cache.words_capacity), shape()),
+        "decode": (params, state, key),
+        "ingest": (params, state, frames, prompt, key),
+    }
+
+
+def place(spec: StreamSpec, mesh: Mesh, argument: Any) -> Any:
+    """An argument's shapes with their shardings: parameters and state by the table, all else on every device."""
+    if isinstance(argument, StreamState):
+        shardings = state_shardings(argument, mesh)
+    elif isinstance(argument, dict):
+        shardings = param_shardings(spec.model, mesh)
+    else:
+        shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), argument)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), argument, shardings)
+
+
+def compile_program(spec: StreamSpec, name: str, mesh: Mesh, dtype: Any = jnp.bfloat16) -> jax.stages.Compiled:
+    """One program, with the state donated, for the devices of a mesh."""
+    args = tuple(place(spec, mesh, argument) for argument in arguments(spec, dtype)[name])
+    state = next(i for i, argument in enumerate(args) if isinstance(argument, StreamState))
+    return jax.jit(PROGRAMS[name], donate_argnums=state).lower(*args).compile()
+
+
+def measure(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """A compiled program's bytes on one device."""
+    memory = compiled.memory_analysis()
+    return {
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "bytes_accessed": int(compiled.cost_analysis()["bytes accessed"]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="7b", choices=MODELS)
+    parser.add_argument("--topology", action="append", choices=TOPOLOGIES, help="may be repeated; all by default")
+    parser.add_argument("--program", action="append", choices=PROGRAMS, help="may be repeated; all by default")
+    parser.add_argument("--layers", type=int, help="decoder layers and vision blocks, to try this out; all by default")
+    parser.add_argument("--out", type=Path, help="a JSON file, written anew after every program")
+    options = parser.parse_args(argv)
+    model = MODELS[options.model]()
+    if options.layers is not None:
+        model = cut(model, options.layers, options.layers)
+    spec = stream_spec(model, StreamConfig())
+    packages = ("jax", "jaxlib", "libtpu", "flax")
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "model": options.model,
+        "dtype": "bfloat16",
+        "decoder_layers": model.text.num_hidden_layers,
+        "vision_blocks": model.vision.depth,
+        "streams": 1,
+        "frame": [spec.height, spec.width],
+        "slots": spec.cache.slots,
+        "programs": [],
+    }
+    for topology in options.topology or TOPOLOGIES:
+        mesh = topology_mesh(topology)
+        for name in options.program or PROGRAMS:
+            start = time.perf_counter()
+            found = measure(compile_program(spec, name, mesh))
+            row = {"topology": topology, "program": name, **found, "compile_s": round(time.perf_counter() - start, 1)}
+            print(json.dumps(row), flush=True)
+            result["programs"].append(row)
+            if options.out:
+                options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def cut(model: ModelConfig, layers: int, blocks: int) -> ModelConfig:
+    """The same widths, fewer layers; the last vision block attends to the whole frame."""
+    text = dataclasses.replace(model.text, num_hidden_layers=layers)
+    vision = dataclasses.replace(model.vision, depth=blocks, fullatt_block_indexes=(blocks - 1,))
+    return dataclasses.replace(model, text=text, vision=vision)
+
+
+if __name__ == "__main__":
+    main()
