@@ -84,7 +84,8 @@ def main() -> None:
             del contract.ids[contract.cached :]
             checked = compare(engine, contract)
             contract.ids += pending
-            print(f"{index + 1:,} rounds: {np.median(milliseconds[max(0, index - 999) : index + 1]):.2f} ms, contract holds, {resident_bytes() / 1e6:.1f} MB", flush=True)
+            recent = np.median(milliseconds[max(0, index - 999) : index + 1])
+            print(f"{index + 1:,} rounds: {recent:.2f} ms, contract holds, {resident_bytes() / 1e6:.1f} MB", flush=True)
     early = float(np.median(milliseconds[500:1000]))
     late = float(np.median(milliseconds[-500:]))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -103,9 +103,8 @@ class Contract:
 
 def replay(trace: dict) -> int:
     """Checks the contract against a recorded trace; gives its number of rounds."""
-    from replay_trace import stream_config
-
     from oracle import tokenizer
+    from replay_trace import stream_config
 
     case, vision = trace["case"], trace["config"]["vision_config"]
     config, words = stream_config(case), tokenizer()

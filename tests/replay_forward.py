@@ -62,7 +62,7 @@ def prompt_of(case: dict[str, Any], config: ModelConfig) -> tuple[ChatPrompt, Pr
 def produce(case: dict[str, Any]) -> dict[str, Any]:
     """The recorded keys of a case, from what is given."""
     config, params = oracle.make_model(case, stacked=True)
-    prompt, layout = prompt_of(case, config)
+    prompt, _layout = prompt_of(case, config)
     features: dict[str, list[np.ndarray]] = {"image": [], "video": []}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     for part, frames in zip((p for p in case["parts"] if not isinstance(p, str)), prompt.visuals, strict=True):

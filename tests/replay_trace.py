@@ -26,7 +26,7 @@ LOGIT_TOLERANCE = 1e-3  # the recordings themselves lie up to 4e-4 from a float6
 
 def stream_config(case: dict[str, Any]) -> StreamConfig:
     """A trace's settings in our names."""
-    rounds = int(round(case["duration"] / case["chunk_duration"]))
+    rounds = round(case["duration"] / case["chunk_duration"])
     return StreamConfig(
         vision_window=case["window_size"],
         text_window=case["text_round"],
@@ -83,7 +83,7 @@ def produce(trace: dict[str, Any]) -> list[dict[str, Any]]:
     case, engine = trace["case"], make_engine(trace)
     engine.open(0)
     rounds = []
-    for index in range(int(round(case["duration"] / case["chunk_duration"]))):
+    for index in range(round(case["duration"] / case["chunk_duration"])):
         engine.ingest(frames(case, index)[None], engine.prompt({0: times(case, index)}))
         record = read_sequence(engine, 0)
         turn = engine.decode()

@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
 
 from svlm_jax import demo
 from svlm_jax.bench import profile, report, stream
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
 from svlm_jax.commands import bench as command
+from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.engine import make_spec
 from svlm_jax.tokenizer import Tokenizer
@@ -114,7 +114,8 @@ def test_stages_come_from_the_device(outcome):
     for name in ("vision", "prefill", "evict", "decode_step"):
         assert stages[name] > 0, name
     assert stages["decode"] == pytest.approx(3 * stages["decode_step"], rel=0.01)
-    assert stages["other"] < 0.5 * stages["device_round"]
+    # What no stage claims is time in which nothing ran, however busy the machine: next to no operation is without a stage
+    assert stages["other"] < stages["device_gaps"] + 0.1 * stages["device_round"]
     assert {"vision/mlp", "prefill/ring_attention", "decode_step/ring_attention", "decode_step/head"} <= set(outcome["parts_ms"])
 
 

@@ -15,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from svlm_jax.configs.models import tiny
 
 from svlm_jax.checkpoints import save as save_module
 from svlm_jax.checkpoints.hub_config import TokenIds, read_config, write_config
@@ -24,6 +23,7 @@ from svlm_jax.checkpoints.load import LoadedModel, load, load_params
 from svlm_jax.checkpoints.names import canonical, name_table
 from svlm_jax.checkpoints.plan import leaves
 from svlm_jax.checkpoints.save import save_params
+from svlm_jax.configs.models import tiny
 from svlm_jax.demo.make_tiny import make, tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, forward, init_params, is_stacked

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from svlm_jax.configs.models import qwen2_5_vl_3b, qwen2_5_vl_7b, tiny
 
 from svlm_jax.checkpoints.hub_config import read_config, write_config
+from svlm_jax.configs.models import qwen2_5_vl_3b, qwen2_5_vl_7b, tiny
 from svlm_jax.errors import UserError
 
 

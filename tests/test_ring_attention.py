@@ -178,3 +178,15 @@ def test_a_backend_that_does_not_take_the_call_says_why():
     with pytest.raises(Unsupported, match="bfloat16, not float32"):
         ring_attention(*positional, regions=REGIONS, backend="mosaic_gpu", **fresh)
     assert BACKENDS[-1] == "reference"
+
+
+@pytest.mark.parametrize(("length", "streams"), [(1, 1), (8, 1), (1, 8), (768, 1)])
+def test_gpu_kernels_lower_without_a_gpu(length, streams):
+    """At 7B sizes and the default windows."""
+    regions = ((0, 640), (640, 1152), (1152, 15_360))
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    cache, fresh = shape((streams, 4, 15_360, 128)), shape((streams, 4, length, 128))
+    call = functools.partial(ring_attention, regions=regions, backend="mosaic_gpu")
+    args = (shape((streams, 3, length, 28, 128)), cache, cache, jax.ShapeDtypeStruct((streams, 15_360), bool))
+    traced = jax.jit(call).trace(*args, self_k=fresh, self_v=fresh, self_valid=jax.ShapeDtypeStruct((streams, length), bool))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

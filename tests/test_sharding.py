@@ -9,9 +9,9 @@ import sys
 import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
-from svlm_jax.configs.models import MODELS, qwen2_5_vl_7b, tiny
 
 from svlm_jax.config import StreamConfig
+from svlm_jax.configs.models import MODELS, qwen2_5_vl_7b, tiny
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, logical_axes

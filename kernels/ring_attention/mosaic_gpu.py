@@ -1,10 +1,15 @@
 """Mosaic GPU backend, host side: which calls it takes, and what it hands to the kernel."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from svlm_jax.kernels.ring_attention.api import Regions, Unsupported
 from svlm_jax.kernels.ring_attention.tiles import visited_tiles
+
+MULTIPROCESSORS = 132  # of an H100: one block each
+LOG2_E = math.log2(math.e)
 
 
 def check(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
@@ -13,8 +18,11 @@ def check(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
         raise Unsupported(f"takes bfloat16, not {q.dtype} queries over {k.dtype} keys")
     if q.shape[-1] not in (64, 128):
         raise Unsupported(f"takes heads of 64 or 128, not {q.shape[-1]}")
+    rows = q.shape[2] * q.shape[3] // k.shape[1]
+    if rows <= 64 and k.shape[2]:
+        return
     if self_k is None or q.shape[2] < 64:
-        raise Unsupported("takes chunks of at least 64 new tokens")
+        raise Unsupported(f"takes chunks of at least 64 new tokens, or few over a cache: not {q.shape[2]} over {k.shape[2]} slots")
 
 
 def ring_attention_mosaic_gpu(
@@ -31,6 +39,8 @@ def ring_attention_mosaic_gpu(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.ring_attention`. The chunk is padded to a multiple of 128 rows, which count as keys for nobody."""
     check(q, k, self_k)
+    if q.shape[2] * q.shape[3] // k.shape[1] <= 64 and k.shape[2]:
+        return _few(q, k, v, valid, self_k, self_v, self_valid, regions=regions, scale=scale)
     from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import GROUPS, HIDDEN, ROWS, TILE, Shapes, prefill
 
     assert self_k is not None and self_v is not None and self_valid is not None
@@ -59,3 +69,51 @@ def ring_attention_mosaic_gpu(
     tiles, first = visited_tiles(valid, regions)
     out, lse = prefill(shapes, q, k, v, hidden(valid), self_k, self_v, hidden(self_valid), tiles, first)
     return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
+
+
+def _few(q, k, v, valid, self_k, self_v, self_valid, *, regions, scale) -> tuple[jax.Array, jax.Array]:
+    """At most 64 query rows a key-value head: the cache by the decoding kernel, shares and new tokens joined in float32."""
+    from svlm_jax.kernels.ring_attention.mosaic_gpu_decode import DecodeShapes, decode
+    from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import HIDDEN, ROWS, TILE
+
+    batch, copies, length, heads, head_dim = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    count, scale = length * group, head_dim**-0.5 if scale is None else scale
+    # [B, K, R, (t, g), H]
+    rows = q.reshape(batch, copies, length, kv_heads, group, head_dim).transpose(0, 3, 1, 2, 4, 5).reshape(batch, kv_heads, copies, count, head_dim)
+    shapes = DecodeShapes(
+        batch=batch,
+        regions=copies,
+        rows=-(-count // 8) * 8,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        splits=max(1, min(MULTIPROCESSORS // (batch * kv_heads), k.shape[2] // TILE)),
+        dtype=jnp.dtype(q.dtype),
+        scale=scale,
+    )
+    tiles, first = visited_tiles(valid, regions)
+    padded = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - count), (0, 0)))
+    sums, peak, total = decode(shapes, padded, k, v, jnp.where(valid, 0.0, HIDDEN).astype(jnp.float32), tiles, first)
+    sums, peak, total = sums[..., :count, :], peak[..., :count], total[..., :count]
+    highest = jnp.max(peak, axis=2)
+    if self_k is not None and self_v is not None and self_valid is not None:
+        scores = jnp.einsum("bkrh,bksh->bkrs", rows[:, :, -1], self_k, preferred_element_type=jnp.float32) * (scale * LOG2_E)
+        sees = (jnp.arange(count)[:, None] // group >= jnp.arange(length)) & self_valid[:, None, None]
+        scores = jnp.where(sees, scores, HIDDEN)
+        highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        own = jnp.exp2(scores - highest[..., None])
+    weight = jnp.exp2(peak - highest[:, :, None])
+    summed = jnp.sum(sums * weight[..., None], axis=2)
+    weighed = jnp.sum(total * weight, axis=2)
+    if self_k is not None:
+        summed += jnp.einsum("bkrs,bksh->bkrh", own, self_v.astype(jnp.float32))
+        weighed += jnp.sum(own, axis=-1)
+    safe = jnp.where(weighed == 0, 1.0, weighed)
+    lse = jnp.where(weighed == 0, -jnp.inf, highest / LOG2_E + jnp.log(safe))
+
+    def back(a: jax.Array) -> jax.Array:
+        """[B, K, (t, g), ...] as [B, T, N, ...]."""
+        a = a.reshape(batch, kv_heads, length, group, *a.shape[3:])
+        return jnp.moveaxis(a, 1, 2).reshape(batch, length, heads, *a.shape[4:])
+
+    return back(summed / safe[..., None]).astype(q.dtype), back(lse)

@@ -36,7 +36,8 @@ class Shapes:
     stages: int = 2
 
 
-def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v_ref, self_hidden_ref, tiles_ref, first_ref, out_ref, lse_ref, *scratch):
+def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v_ref, self_hidden_ref, tiles_ref, first_ref, *rest):
+    out_ref, lse_ref, *scratch = rest
     q_smem, k_smem, v_smem, hidden_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
     block, head, batch = lax.axis_index("rows"), lax.axis_index("head"), lax.axis_index("batch")
     group = lax.axis_index("warpgroup")
@@ -75,7 +76,7 @@ def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v
                 return scores[...]
 
             scores = pl.run_scoped(product, plgpu.ACC((ROWS, TILE), jnp.float32))
-            hidden = plgpu.load(hidden_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+            hidden = plgpu.load(hidden_smem.at[slot], (), layout=plgpu.Layout.WGMMA.reduce(0))
             plgpu.barrier_arrive(k_free.at[slot])
             scores = scores * (shapes.scale * math.log2(math.e)) + lax.broadcast_in_dim(hidden, scores.shape, [1])
             if causal:

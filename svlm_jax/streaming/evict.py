@@ -6,47 +6,49 @@ the two closing tokens of the previous text, and, where the windows differ, one 
 Positions are in units of 1/unit. In "append" mode nothing shifts and nothing is re-rotated.
 """
 
-import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from svlm_jax.streaming.layout import Field, Ring
-from svlm_jax.streaming.moves import Move, relocate
+from svlm_jax.streaming.moves import relocate
+from svlm_jax.streaming.plan import Leaving, Move, Plan
 from svlm_jax.streaming.state import StreamState
-from svlm_jax.types import Array, Bool, Int
+from svlm_jax.types import Array, Bool, Int, Slot
 
 TIMED = (Field.TIME, Field.QUESTION)
 ANSWER = (Field.ASSISTANT, Field.GENERATED)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one eviction does to the rounds; the previous text follows from `words`."""
-
-    gone: Bool[Array, "B S"]  # slots that are cleared, moved ones included
-    words: Int[Array, "B"]  # words of the leaving turn
-    words_ring: Ring  # where they stand
-    words_room: Array
-    entries: dict[int, Int[Array, "B"]]  # region -> change of its positions, the previous text's growth left out
-    moves: tuple[Move, ...] = ()
-
-
-def _span(state: StreamState, ring: Ring, round: Array, leaves: Bool[Array, "B"], *fields: Field) -> Bool[Array, "B S"]:
+def _span(state: StreamState, ring: Ring, round: Array, leaves: Bool[Array, "B"], *fields: Field) -> tuple[Leaving, ...]:
     """The valid slots of `fields` in one round's room, in the streams that lose it; a query leaves with the first round."""
-    cache = state.spec.cache
-    room = (*(field for field in fields if field is not Field.QUERY),)
-    mask = cache.at(ring, ring.room(round), *room) & leaves[:, None]
-    if Field.QUERY in fields:
-        mask |= (cache.region_of == ring.region) & cache.roles(Field.QUERY) & (state.age == ring.horizon)[:, None]
-    return mask & state.valid
+
+    spec = state.spec
+
+    def run(start: Slot, of: np.ndarray, leaves: Array) -> Leaving:
+        slots = jax.lax.dynamic_slice_in_dim(state.valid, start, len(of), axis=1) & np.isin(of, fields) & leaves[:, None]
+        tokens = jnp.sum(slots & (of != Field.CLIP), axis=1, dtype=jnp.int32)
+        clip = jnp.any(slots & (of == Field.CLIP), axis=1)
+        extent = tokens * spec.unit + jnp.where(clip, spec.pads_extent + 2 * spec.unit, 0)
+        return Leaving(jnp.asarray(start, jnp.int32), slots, extent)
+
+    room, of = ring.room(round), ring.room_fields
+    inside = np.flatnonzero(np.isin(of, fields))
+    first, stop = int(inside[0]), int(inside[-1]) + 1
+    runs = [run(ring.start + room * ring.stride + first, of[first:stop], leaves)]
+    if Field.QUESTION in fields and ring.question:
+        runs.append(run(ring.slot(Field.QUESTION, room), np.full(ring.question, Field.QUESTION), leaves))
+    if Field.QUERY in fields and ring.query:
+        runs.append(run(ring.slot(Field.QUERY, room), np.full(ring.query, Field.QUERY), state.age == ring.horizon))
+    return tuple(runs)
 
 
-def _extent(state: StreamState, span: Bool[Array, "B S"]) -> Int[Array, "B"]:
-    """Positions that a span of valid slots takes: one a token, and a clip its own extent."""
-    spec, clip = state.spec, state.spec.cache.roles(Field.CLIP)
-    tokens = jnp.sum(span & ~clip, axis=1, dtype=jnp.int32)
-    return tokens * spec.unit + jnp.where(jnp.any(span & clip, axis=1), spec.pads_extent + 2 * spec.unit, 0)
+def _extent(span: Sequence[Leaving]) -> Int[Array, "B"]:
+    return functools.reduce(operator.add, [run.extent for run in span])
 
 
 def _words(state: StreamState, ring: Ring, round: Array, behind: Ring, leaves: Bool[Array, "B"]) -> Int[Array, "B"]:
@@ -54,13 +56,16 @@ def _words(state: StreamState, ring: Ring, round: Array, behind: Ring, leaves: B
 
     The last sampled token, and the <|im_end|> of a turn that was cut, are pending tokens of the next round's room.
     """
-    run = jnp.sum(state.valid & state.spec.cache.at(ring, ring.room(round), Field.GENERATED), axis=1, dtype=jnp.int32)
+    generated = jax.lax.dynamic_slice_in_dim(
+        state.valid, ring.slot(Field.GENERATED, ring.room(round)), ring.size(Field.GENERATED), axis=1
+    )
+    run = jnp.sum(generated, axis=1, dtype=jnp.int32)
     first_pending = behind.slot(Field.PENDING, behind.room(round + 1))  # taken only if the turn was cut
     cut = jax.lax.dynamic_index_in_dim(state.valid, first_pending, axis=1, keepdims=False)
     return jnp.where(leaves, jnp.maximum(run - ~cut, 0), 0)
 
 
-def _move(state: StreamState, target: Ring, dropped: Bool[Array, "B S"], delta: Int[Array, "B"], *fields: Field) -> Move:
+def _move(state: StreamState, target: Ring, delta: Int[Array, "B"], *fields: Field) -> Move:
     """The round that leaves ROUNDS takes a run of its fields to another ring; `delta` is their change of coordinate."""
     source = state.spec.cache.rounds
     round = state.round - source.horizon
@@ -68,17 +73,20 @@ def _move(state: StreamState, target: Ring, dropped: Bool[Array, "B S"], delta: 
     # A ring of rooms has a free room for the round; the query has one place in a ring, which an older one may still hold
     query = fields[0] is Field.QUERY
     leaves = state.age == source.horizon if query else state.age >= source.horizon
-    keep = jax.lax.dynamic_slice_in_dim(state.valid & ~dropped, start, size, axis=1) & leaves[:, None]
-    return Move(start, target.slot(fields[0], target.room(round)), size, delta, keep, leaves if query else None)
+    keep = jax.lax.dynamic_slice_in_dim(state.valid, start, size, axis=1) & leaves[:, None]
+    if target.rooms == 1 and fields[0] is Field.PENDING:  # the turn that these end leaves for good in this very round
+        keep &= (np.arange(size) >= source.size(Field.PENDING)) | (state.age < target.horizon)[:, None]
+    start, stop = (jnp.asarray(slot, jnp.int32) for slot in (start, target.slot(fields[0], target.room(round))))
+    return Move(start, stop, size, delta, keep, leaves if query else None)
 
 
 def _equal_windows(state: StreamState) -> Plan:
     ring = state.spec.cache.rounds
     oldest, leaves = state.round - ring.horizon, state.age >= ring.horizon
     gone = _span(state, ring, oldest, leaves, Field.HEAD, *TIMED, Field.CLIP, Field.QUERY, Field.CLOSE, *ANSWER)
-    gone |= _span(state, ring, oldest + 1, leaves, Field.PENDING)
+    gone += _span(state, ring, oldest + 1, leaves, Field.PENDING)
     words = _words(state, ring, oldest, ring, leaves)
-    return Plan(gone, words, ring, ring.room(oldest), {ring.region: -_extent(state, gone)})
+    return Plan(gone, words, ring, ring.room(oldest), {ring.region: -_extent(gone)})
 
 
 def _text_longer(state: StreamState, ring: Ring) -> Plan:
@@ -88,24 +96,24 @@ def _text_longer(state: StreamState, ring: Ring) -> Plan:
     blinded, blinds = state.round - rounds.horizon, state.age >= rounds.horizon
     behind = ring if ring.rooms > 1 else rounds  # the ring of the round after the oldest
     dropped = _span(state, ring, oldest, leaves, Field.HEAD, *TIMED, Field.QUERY, Field.CLOSE, *ANSWER)
-    dropped |= _span(state, behind, oldest + 1, leaves, Field.PENDING)
+    dropped += _span(state, behind, oldest + 1, leaves, Field.PENDING)
     clip = _span(state, rounds, blinded, blinds, Field.CLIP)
     moved = _span(state, rounds, blinded, blinds, Field.PENDING, Field.HEAD, *TIMED, Field.QUERY, Field.CLOSE, *ANSWER)
     words = _words(state, ring, oldest, behind, leaves)
-    before = -_extent(state, dropped)
-    lost = -_extent(state, clip)
+    before = -_extent(dropped)
+    lost = -_extent(clip)
     # u' - u = (p' + D') - (p + D): what stands before the clip keeps its place in TEXT, what stands after it closes up
     same = state.shift[:, ring.region] - state.shift[:, rounds.region]
     moves = [
-        _move(state, ring, dropped, same, Field.PENDING, Field.HEAD, Field.TIME),
-        _move(state, ring, dropped, same + lost, Field.CLOSE, Field.ASSISTANT, Field.GENERATED),
+        _move(state, ring, same, Field.PENDING, Field.HEAD, Field.TIME),
+        _move(state, ring, same + lost, Field.CLOSE, Field.ASSISTANT, Field.GENERATED),
     ]
     if ring.question:
-        moves.append(_move(state, ring, dropped, same, Field.QUESTION))
+        moves.append(_move(state, ring, same, Field.QUESTION))
     if ring.query:
-        moves.append(_move(state, ring, dropped, same + lost, Field.QUERY))
+        moves.append(_move(state, ring, same + lost, Field.QUERY))
     entries = {ring.region: before, rounds.region: before + lost}
-    return Plan(dropped | clip | moved, words, ring, ring.room(oldest), entries, tuple(moves))
+    return Plan(dropped + clip + moved, words, ring, ring.room(oldest), entries, tuple(moves))
 
 
 def _vision_longer(state: StreamState, ring: Ring) -> Plan:
@@ -115,19 +123,19 @@ def _vision_longer(state: StreamState, ring: Ring) -> Plan:
     muted, mutes = state.round - rounds.horizon, state.age >= rounds.horizon
     dropped = _span(state, ring, oldest, leaves, Field.HEAD, Field.CLIP, Field.QUERY, Field.CLOSE)
     timed = _span(state, rounds, muted, mutes, *TIMED)
-    answer = _span(state, rounds, muted, mutes, *ANSWER) | _span(state, rounds, muted + 1, mutes, Field.PENDING)
+    answer = _span(state, rounds, muted, mutes, *ANSWER) + _span(state, rounds, muted + 1, mutes, Field.PENDING)
     moved = _span(state, rounds, muted, mutes, Field.HEAD, Field.CLIP, Field.QUERY, Field.CLOSE)
     words = _words(state, rounds, muted, rounds, mutes)
-    before, lost = -_extent(state, dropped), -_extent(state, timed)
+    before, lost = -_extent(dropped), -_extent(timed)
     same = state.shift[:, ring.region] - state.shift[:, rounds.region]
     moves = [
-        _move(state, ring, dropped, same, Field.HEAD),
-        _move(state, ring, dropped, same + lost, Field.CLIP, Field.CLOSE),
+        _move(state, ring, same, Field.HEAD),
+        _move(state, ring, same + lost, Field.CLIP, Field.CLOSE),
     ]
     if ring.query:
-        moves.append(_move(state, ring, dropped, same + lost, Field.QUERY))
-    entries = {ring.region: before, rounds.region: before + lost - _extent(state, answer)}
-    return Plan(dropped | timed | answer | moved, words, rounds, rounds.room(muted), entries, tuple(moves))
+        moves.append(_move(state, ring, same + lost, Field.QUERY))
+    entries = {ring.region: before, rounds.region: before + lost - _extent(answer)}
+    return Plan(dropped + timed + answer + moved, words, rounds, rounds.room(muted), entries, tuple(moves))
 
 
 def evict(state: StreamState) -> StreamState:
@@ -141,9 +149,9 @@ def evict(state: StreamState) -> StreamState:
     with jax.named_scope("evict"):
         cache = state.spec.cache
         if cache.text is not None:
-            plan = _text_longer(state, cache.text)
+            plan = functools.partial(_text_longer, ring=cache.text)
         elif cache.clips is not None:
-            plan = _vision_longer(state, cache.clips)
+            plan = functools.partial(_vision_longer, ring=cache.clips)
         else:
-            plan = _equal_windows(state)
+            plan = _equal_windows
         return relocate(state, plan)

@@ -68,6 +68,14 @@ class Ring:
     query: int  # slots of the query, one span a region
 
     @functools.cached_property
+    def room_fields(self) -> np.ndarray:
+        """int8 [stride]: the field of each slot of a room."""
+        fields = np.zeros(self.stride, np.int8)
+        sizes = [size for _, size in self.fields]
+        fields[: sum(sizes)] = np.repeat([field for field, _ in self.fields], sizes)
+        return fields
+
+    @functools.cached_property
     def stride(self) -> int:
         return round_up(sum(size for _, size in self.fields), ROW_TILE)
 
@@ -101,10 +109,7 @@ class Ring:
         """Writes each slot's field and room into the two arrays [S]."""
         for room in range(self.rooms):
             at = self.start + room * self.stride
-            room_of[at : at + self.stride] = room
-            for field, size in self.fields:
-                field_of[at : at + size] = field
-                at += size
+            room_of[at : at + self.stride], field_of[at : at + self.stride] = room, self.room_fields
             at = self.slot(Field.QUESTION, room)
             field_of[at : at + self.question], room_of[at : at + self.question] = Field.QUESTION, room
         at = self.slot(Field.QUERY, 0)
@@ -258,7 +263,3 @@ class CacheLayout:
     def roles(self, *fields: Field) -> np.ndarray:
         """bool [S]: the slots of these fields, in every region."""
         return np.isin(self.field_of, fields)
-
-    def at(self, ring: Ring, room, *fields: Field):
-        """bool [S]: the slots of these fields in one room (a number or traced) of a ring."""
-        return (self.region_of == ring.region) & self.roles(*fields) & (self.room_of == room)

@@ -5,69 +5,36 @@ both read and written. Streams share the rooms' indices, so a round's blocks mov
 places of words differ, and those are written stream by stream.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from svlm_jax.model.rope import Rotation, rotate, shift_rotation
 from svlm_jax.streaming.layout import CacheLayout, Field
+from svlm_jax.streaming.plan import Block, Leaving, Plan, Words
 from svlm_jax.streaming.state import StreamState
-from svlm_jax.types import Array, Bool, Int, Slot
-
-if TYPE_CHECKING:
-    from svlm_jax.streaming.evict import Plan
+from svlm_jax.types import Array, Bool, Int
 
 
-class Block(NamedTuple):
-    """What will be written into a buffer, and where."""
-
-    rows: Array
-    at: tuple[Array | int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """A run of slots that changes place, at the same slots in every stream."""
-
-    source: Slot
-    target: Slot
-    size: int
-    delta: Int[Array, "B"]  # change of the coordinate u
-    keep: Bool[Array, "B size"]  # which of them are valid at the target
-    goes: Bool[Array, "B"] | None = None  # streams whose slots move; None: the target is free in all others
-
-    def block(self, x: Array, rows: Array, axis: int) -> Block:
-        """`rows` for the target, where this stream's slots move."""
-        if self.goes is not None:
-            goes = self.goes.reshape(-1, *(1,) * (x.ndim - 1))
-            rows = jnp.where(goes, rows, jax.lax.dynamic_slice_in_dim(x, self.target, self.size, axis))
-        return Block(rows, (*(0,) * axis, self.target, *(0,) * (x.ndim - axis - 1)))
-
-    def write(self, x: Array, rows: Array, axis: int) -> Array:
-        return jax.lax.dynamic_update_slice(x, *self.block(x, rows, axis))
+def clear(valid: Bool[Array, "B S"], runs: Sequence[Leaving]) -> Bool[Array, "B S"]:
+    """`valid` without what leaves: blocks of a room's size are rewritten, whatever the number of rooms."""
+    for start, leaves, _ in runs:
+        block = jax.lax.dynamic_slice_in_dim(valid, start, leaves.shape[1], axis=1) & ~leaves
+        valid = jax.lax.dynamic_update_slice_in_dim(valid, block, start, axis=1)
+    return valid
 
 
-class Words(NamedTuple):
-    """How the previous text changes. Word n of a stream stands in the sink, or in the ring at (n - sink) mod ring."""
-
-    source: Slot  # first slot of the leaving turn's words
-    sink: Int[Array, "B sink"]  # which of the turn's words each sink slot takes; -1: none
-    ring: Int[Array, "B ring"]
-    delta: Int[Array, "B M-1"]  # change of coordinate of each of the turn's words
-    growth: Int[Array, "B"]  # positions that all behind the previous text move right
-    cut: Int[Array, "B"]  # positions that the ring's words move left
-
-
-def _words(state: StreamState, plan: "Plan") -> Words:
+def _words(state: StreamState, plan: Plan) -> Words:
     spec, cache, unit = state.spec, state.spec.cache, state.spec.unit
     sink, ring, count = cache.sink, cache.ring, plan.words
     before, after = state.words, state.words + count
 
-    seen = jnp.sum(state.valid & cache.roles(Field.SINK_WORD, Field.SPILL, Field.RING_WORD), axis=1, dtype=jnp.int32)
+    stop = cache.regions[cache.words_region][1]  # of all previous text
+    spoken = cache.roles(Field.SINK_WORD, Field.SPILL, Field.RING_WORD)[:stop]
+    seen = jnp.sum(state.valid[:, :stop] & spoken, axis=1, dtype=jnp.int32)
     kept = jnp.minimum(after, sink) + jnp.clip(after - sink, 0, ring)
     cut = jnp.where(state.age > 0, seen + count - kept, 0)
 
@@ -122,38 +89,77 @@ def _word_blocks(cache: CacheLayout, x: Array, said: Array, words: Words, before
     return blocks
 
 
-def _read_first(x: Array, read: Callable[[Array], list[Block]], go: Bool[Array, ""]) -> tuple[Array, list[Block]]:
+def _read_first(x: Any, read: Callable[[Any], Any], go: Bool[Array, ""]) -> tuple[Any, Any]:
     """x, and what `read` reads from it, with a barrier between all reads of x and all writes to it, which can so be in place.
 
     On a CPU the compiler drops barriers before it fuses reads into writes, which costs a copy of the whole buffer; but it
     keeps a branch whose outcome it cannot know (`go`), and materialises what comes out.
     """
 
-    def branch(x: Array) -> tuple[Array, list[Block]]:
+    def branch(x: Any) -> tuple[Any, Any]:
         nothing = jax.eval_shape(read, x)
         return x, jax.lax.cond(go, read, lambda _: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing), x)
 
     return jax.lax.platform_dependent(x, cpu=branch, default=lambda x: jax.lax.optimization_barrier((x, read(x))))
 
 
-def relocate(state: StreamState, plan: "Plan") -> StreamState:
-    """Clears what leaves, moves what moves, and updates every shift."""
-    spec, cache, t = state.spec, state.spec.cache, state.spec.model.text
+def _put(x: Array, blocks: Sequence[Block]) -> Array:
+    for rows, at in blocks:
+        x = jax.lax.dynamic_update_slice(x, rows, at)
+    return x
+
+
+def relocate(state: StreamState, make_plan: Callable[[StreamState], Plan]) -> StreamState:
+    """Clears what leaves, moves what moves, and updates every shift, as `make_plan` says of the state as it is."""
+    spec, cache = state.spec, state.spec.cache
     append = spec.stream.positions == "append"
-    words = _words(state, plan)
+    closing = slice(cache.closing_slot, cache.closing_slot + len(spec.prompt.block_close))
+    go = state.round >= 0  # always true, which the compiler cannot know
+
+    def read(facts: dict[str, Array]) -> tuple[Plan, Words, dict[str, list[Block]]]:
+        now = state.replace(**facts)
+        plan = make_plan(now)
+        words = _words(now, plan)
+        return plan, words, _fact_blocks(now, plan, words, closing)
+
+    facts, (plan, words, fact_blocks) = _read_first({name: getattr(state, name) for name in ("valid", "tokens", "coordinates")}, read, go)
+    valid = clear(facts["valid"], plan.gone)
+    for move in plan.moves:
+        valid = _put(valid, [move.block(valid, move.keep, 1)])  # what stays at the target is what has just been left there
+    valid = _put(valid, fact_blocks["valid"])
+    tokens, coordinates = (_put(facts[name], fact_blocks[name]) for name in ("tokens", "coordinates"))
+    shift, next_position = state.shift, state.next_position
+    if not append:
+        if cache.ring:
+            shift = shift.at[:, cache.words_region].add(words.cut)
+        for region, entry in plan.entries.items():
+            shift = shift.at[:, region].add(-(words.growth + entry))
+        next_position = next_position + words.growth + plan.entries[cache.rounds.region]
+    return state.replace(
+        **_moved_buffers(state, plan, words, closing, go),
+        valid=valid,
+        tokens=tokens,
+        coordinates=coordinates,
+        shift=shift,
+        next_position=next_position,
+        words=state.words + plan.words,
+    )
+
+
+def _moved_buffers(state: StreamState, plan: Plan, words: Words, closing: slice, go: Bool[Array, ""]) -> dict[str, tuple[Array, ...]]:
+    """Keys and values with all that changes its place or its coordinate."""
+    spec, cache, t = state.spec, state.spec.cache, state.spec.model.text
     size = words.delta.shape[1]
 
     def turning(delta: Int[Array, "..."]) -> Rotation | None:
-        if append:
+        """By a change of coordinate, for all heads."""
+        if spec.stream.positions == "append":
             return None
-        return shift_rotation(delta, head_dim=t.head_dim or 0, theta=t.rope_theta, denominator=spec.unit)
+        turn = shift_rotation(delta, head_dim=t.head_dim or 0, theta=t.rope_theta, denominator=spec.unit)
+        return Rotation(*(a.reshape(a.shape[0], 1, -1, a.shape[-1]) for a in turn))
 
-    def over_heads(rotation: Rotation | None) -> Rotation | None:
-        return rotation and Rotation(*(a.reshape(a.shape[0], 1, -1, a.shape[-1]) for a in rotation))
-
-    closing = slice(cache.closing_slot, cache.closing_slot + len(spec.prompt.block_close))
-    word_turn, closing_turn = over_heads(turning(words.delta)), over_heads(turning(words.growth))
-    move_turns = [over_heads(turning(move.delta)) for move in plan.moves]
+    word_turn, closing_turn = turning(words.delta), turning(words.growth)
+    move_turns = [turning(move.delta) for move in plan.moves]
 
     def blocks(x: Array, turns: bool) -> list[Block]:
         """All that changes in one layer's buffer [B, K, S, H]."""
@@ -166,57 +172,44 @@ def relocate(state: StreamState, plan: "Plan") -> StreamState:
             found += _word_blocks(cache, x, rotate(said, word_turn) if turns and word_turn else said, words, state.words)
         if turns and closing_turn:
             found.append(Block(rotate(x[:, :, closing], closing_turn), (0, 0, closing.start, 0)))
-        return [Block(rows, tuple(jnp.asarray(i, jnp.int32) for i in at)) for rows, at in found]
+        return [block.placed() for block in found]
 
     # In recompute mode keys and values are made anew every round: what moves is the embedding
     rewritten = {"embeddings": False} if state.embeddings else {"k": True, "v": False}
-    changed, go = {}, state.round >= 0  # always true, which the compiler cannot know
+    changed = {}
     for name, turns in rewritten.items():
         layers = []
         for x in getattr(state, name):
             x, found = _read_first(x, functools.partial(blocks, turns=turns), go)
-            for rows, at in found:
-                x = jax.lax.dynamic_update_slice(x, rows, at)
-            layers.append(x)
-            go |= jnp.isinf(x[0, 0, 0, 0])  # one buffer after the other: the blocks of all of them need not exist at once
+            layers.append(x := _put(x, found))
+            go &= ~jnp.isinf(x[0, 0, 0, 0])  # one buffer after the other: the blocks of all of them need not exist at once
         changed[name] = tuple(layers)
+    return changed
 
-    # Facts of the slots
-    first_round = (state.age == 0)[:, None]
-    valid = state.valid & ~plan.gone & (first_round | ~cache.roles(Field.SPILL))
-    tokens, coordinates = state.tokens, state.coordinates
+
+def _fact_blocks(state: StreamState, plan: Plan, words: Words, closing: slice) -> dict[str, list[Block]]:
+    """What changes of the slots' facts, besides validity where rounds leave and move."""
+    cache, append, size = state.spec.cache, state.spec.stream.positions == "append", words.delta.shape[1]
+    valid: list[Block] = []
+    tokens: list[Block] = []
+    coordinates: list[Block] = []
+    if cache.spill:  # seen in the first round only
+        shown = state.valid[:, cache.spill_slot : cache.spill_slot + cache.spill] & (state.age == 0)[:, None]
+        valid.append(Block(shown, (0, cache.spill_slot)))
     for move in plan.moves:
-        valid = move.write(valid, move.keep, 1)
-        took = jax.lax.dynamic_slice_in_dim(state.tokens, move.source, move.size, axis=1)
-        tokens = move.write(tokens, took, 1)
+        tokens.append(move.block(state.tokens, jax.lax.dynamic_slice_in_dim(state.tokens, move.source, move.size, axis=1), 1))
         u = jax.lax.dynamic_slice_in_dim(state.coordinates, move.source, move.size, axis=2)
-        u = u if append else u + move.delta[:, None, None]
-        coordinates = move.write(coordinates, u, 2)
+        coordinates.append(move.block(state.coordinates, u if append else u + move.delta[:, None, None], 2))
     if size:
         said = jax.lax.dynamic_slice_in_dim(state.tokens, words.source, size, axis=1)
         u = jax.lax.dynamic_slice_in_dim(state.coordinates[:, 0], words.source, size, axis=1) + words.delta
         for places, start in ((words.sink, cache.header), (words.ring, cache.words_start)):
-            at, take = slice(start, start + places.shape[1]), jnp.maximum(places, 0)
-            fresh = places >= 0
-            valid = valid.at[:, at].set(valid[:, at] | fresh)
-            tokens = tokens.at[:, at].set(jnp.where(fresh, jnp.take_along_axis(said, take, axis=1), tokens[:, at]))
+            at, take, fresh = slice(start, start + places.shape[1]), jnp.maximum(places, 0), places >= 0
+            valid.append(Block(state.valid[:, at] | fresh, (0, start)))
+            tokens.append(Block(jnp.where(fresh, jnp.take_along_axis(said, take, axis=1), state.tokens[:, at]), (0, start)))
             word_u = jnp.take_along_axis(u, take, axis=1)[:, None]
-            coordinates = coordinates.at[:, :, at].set(jnp.where(fresh[:, None], word_u, coordinates[:, :, at]))
-
-    shift, next_position = state.shift, state.next_position
+            coordinates.append(Block(jnp.where(fresh[:, None], word_u, state.coordinates[:, :, at]), (0, 0, start)))
     if not append:
-        coordinates = coordinates.at[:, :, closing].add(words.growth[:, None, None])
-        if cache.ring:
-            shift = shift.at[:, cache.words_region].add(words.cut)
-        for region, entry in plan.entries.items():
-            shift = shift.at[:, region].add(-(words.growth + entry))
-        next_position = next_position + words.growth + plan.entries[cache.rounds.region]
-    return state.replace(
-        **changed,
-        valid=valid,
-        tokens=tokens,
-        coordinates=coordinates,
-        shift=shift,
-        next_position=next_position,
-        words=state.words + plan.words,
-    )
+        coordinates.append(Block(state.coordinates[:, :, closing] + words.growth[:, None, None], (0, 0, closing.start)))
+    found = {"valid": valid, "tokens": tokens, "coordinates": coordinates}
+    return {name: [block.placed() for block in blocks] for name, blocks in found.items()}

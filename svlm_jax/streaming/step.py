@@ -25,6 +25,7 @@ from svlm_jax.streaming.sampling import sample, visible_tokens
 from svlm_jax.streaming.state import Prompt, StreamState, Turn
 from svlm_jax.types import Array, Bool, Float, Int, Key, Params, Slot, UInt8
 
+
 class Run(NamedTuple):
     """Rows of a chunk that go to neighbouring slots, in all streams at once."""
 

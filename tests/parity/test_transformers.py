@@ -18,11 +18,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.numpy import load_file  # noqa: E402
-from svlm_jax.configs.models import tiny  # noqa: E402
 
 from svlm_jax.checkpoints.hub_config import read_config  # noqa: E402
 from svlm_jax.checkpoints.load import load, load_params  # noqa: E402
 from svlm_jax.checkpoints.save import save_params  # noqa: E402
+from svlm_jax.configs.models import tiny  # noqa: E402
 from svlm_jax.demo.make_tiny import tiny_path  # noqa: E402
 from svlm_jax.model.qwen_vl import forward, init_params  # noqa: E402
 from svlm_jax.model.rope import clip_extent, clip_offsets  # noqa: E402

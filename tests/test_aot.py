@@ -1,0 +1,57 @@
+"""The programs that serve, compiled ahead of time for TPUs that are not here: 7B widths, few layers; needs the libtpu package.
+
+All 28 layers take half an hour: `benchmarks/aot.py` compiles those, and `benchmarks/tpu_aot.json` has what it found.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("libtpu", reason="compiling for TPUs takes the compiler of the libtpu package")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import aot  # noqa: E402
+
+from svlm_jax.config import StreamConfig  # noqa: E402
+from svlm_jax.configs.models import qwen2_5_vl_7b  # noqa: E402
+from svlm_jax.streaming.state import state_shapes  # noqa: E402
+
+FACT_BYTES = 1 + 4 + 3 * 4  # of a slot: validity, token id, coordinate
+
+
+@functools.cache
+def eviction(vision_window: int, text_window: int) -> dict[str, int]:
+    """Cost of `evict` alone on one v6e chip: the 7B model's whole state, in bfloat16."""
+    spec = aot.stream_spec(qwen2_5_vl_7b(), StreamConfig(vision_window=vision_window, text_window=text_window))
+    state = state_shapes(spec, 1, jnp.bfloat16)
+    found = aot.measure(aot.compile_program(spec, "evict", aot.topology_mesh("v6e:1x1")))
+    return found | {"cache": sum(a.size * a.dtype.itemsize for a in (*state.k, *state.v)), "slots": spec.cache.slots}
+
+
+@pytest.mark.parametrize(("vision", "text", "share"), [(16, 16, 0.12), (16, 32, 0.30), (32, 16, 0.30)])
+def test_eviction_touches_little_and_copies_nothing(vision, text, share):
+    found = eviction(vision, text)
+    assert found["bytes_accessed"] <= share * found["cache"]
+    assert found["temp_bytes"] <= 0.02 * found["cache"]
+
+
+def test_eviction_does_not_grow_with_the_windows():
+    small, large = eviction(16, 16), eviction(64, 64)
+    assert large["bytes_accessed"] - small["bytes_accessed"] <= FACT_BYTES * (large["slots"] - small["slots"])
+    assert large["temp_bytes"] - small["temp_bytes"] <= FACT_BYTES * (large["slots"] - small["slots"])
+
+
+@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
+@pytest.mark.parametrize("program", aot.PROGRAMS)
+def test_every_program_compiles(topology, program):
+    spec = aot.stream_spec(aot.cut(qwen2_5_vl_7b(), 2, 2), StreamConfig())
+    mesh = aot.topology_mesh(topology)
+    found = aot.measure(aot.compile_program(spec, program, mesh))
+    state = state_shapes(spec, 1, jnp.bfloat16)
+    cache = sum(a.size * a.dtype.itemsize for a in (*state.k, *state.v)) // mesh.size
+    assert found["alias_bytes"] >= cache  # the donated cache is updated in place
+    if program == "decode":
+        assert found["temp_bytes"] < 0.5 * cache
