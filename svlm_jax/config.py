@@ -29,7 +29,7 @@ class VisionConfig:
     patch_size: int = 14  # pixels
     spatial_merge_size: int = 2  # patches a side that the merger joins
     temporal_patch_size: int = 2  # frames a patch spans
-    window_size: int = 112  # pixels a side of an attention window
+    window_size: int = 112  # pixels a side of an attention window; what is beyond whole merged patches does not count
     tokens_per_second: float = 2  # temporal positions a second of video spans
     in_channels: int = 3
     rms_norm_eps: float = 1e-6
@@ -38,8 +38,8 @@ class VisionConfig:
         _require(self.hidden_size % self.num_heads == 0, f"vision hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         _require(self.head_dim % 4 == 0, f"vision head size {self.head_dim} must be a multiple of 4 for two-axis rotary positions")
         _require(
-            self.window_size % self.merged_patch_size == 0,
-            f"vision window_size {self.window_size} is not a multiple of {self.merged_patch_size} pixels (one merged patch)",
+            self.window_size >= self.merged_patch_size,
+            f"vision window_size {self.window_size} is less than {self.merged_patch_size} pixels (one merged patch)",
         )
 
     @property
