@@ -145,7 +145,9 @@ class StreamConfig:
         _require(self.top_k is None or self.top_k >= 1, f"--top-k must be at least 1, not {self.top_k}")
         _require(self.top_p is None or 0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}")
         _require(self.repetition_penalty > 0, f"--repetition-penalty must be positive, not {self.repetition_penalty}")
-        _require(self.capacity_rounds >= 2, f"capacity_rounds must be at least 2, not {self.capacity_rounds}")
+        _require(-(2**63) <= self.seed < 2**63, f"--seed must be an integer of 64 bits, not {self.seed}")
+        _require(self.text_capacity >= 0, f"--text-capacity must not be negative, but is {self.text_capacity}")
+        _require(self.capacity_rounds >= 2, f"--capacity-rounds must be at least 2, not {self.capacity_rounds}")
         _require(self.question_capacity >= 0, f"question_capacity must not be negative, but is {self.question_capacity}")
         self.frames_per_round  # noqa: B018  (raises where fps and chunk_seconds do not fit)
 
