@@ -205,6 +205,7 @@ class Commentary:
         self._programs.wait("open_stream")
         engine.open()
         self._programs.wait(self._kind(0), "decode")
+        self._programs.check_memory(self._kind(0), "decode")
         self._engine = engine
 
     def __iter__(self) -> Iterator[Said]:

@@ -29,7 +29,7 @@ class VisionConfig:
     patch_size: int = 14  # pixels
     spatial_merge_size: int = 2  # patches a side that the merger joins
     temporal_patch_size: int = 2  # frames a patch spans
-    window_size: int = 112  # pixels a side of an attention window
+    window_size: int = 112  # pixels a side of an attention window; what is beyond whole merged patches does not count
     tokens_per_second: float = 2  # temporal positions a second of video spans
     in_channels: int = 3
     rms_norm_eps: float = 1e-6
@@ -38,8 +38,8 @@ class VisionConfig:
         _require(self.hidden_size % self.num_heads == 0, f"vision hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         _require(self.head_dim % 4 == 0, f"vision head size {self.head_dim} must be a multiple of 4 for two-axis rotary positions")
         _require(
-            self.window_size % self.merged_patch_size == 0,
-            f"vision window_size {self.window_size} is not a multiple of {self.merged_patch_size} pixels (one merged patch)",
+            self.window_size >= self.merged_patch_size,
+            f"vision window_size {self.window_size} is less than {self.merged_patch_size} pixels (one merged patch)",
         )
 
     @property
@@ -145,7 +145,9 @@ class StreamConfig:
         _require(self.top_k is None or self.top_k >= 1, f"--top-k must be at least 1, not {self.top_k}")
         _require(self.top_p is None or 0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}")
         _require(self.repetition_penalty > 0, f"--repetition-penalty must be positive, not {self.repetition_penalty}")
-        _require(self.capacity_rounds >= 2, f"capacity_rounds must be at least 2, not {self.capacity_rounds}")
+        _require(-(2**63) <= self.seed < 2**63, f"--seed must be an integer of 64 bits, not {self.seed}")
+        _require(self.text_capacity >= 0, f"--text-capacity must not be negative, but is {self.text_capacity}")
+        _require(self.capacity_rounds >= 2, f"--capacity-rounds must be at least 2, not {self.capacity_rounds}")
         _require(self.question_capacity >= 0, f"question_capacity must not be negative, but is {self.question_capacity}")
         self.frames_per_round  # noqa: B018  (raises where fps and chunk_seconds do not fit)
 

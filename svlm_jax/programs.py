@@ -79,7 +79,7 @@ def _way_out(stream: StreamConfig, weights_alone: bool) -> str:
     flags = ["--capacity-rounds"] if stream.mode == "full" else ["--vision-window"]
     if stream.mode in ("streaming", "recompute"):
         flags.append("--text-window")
-    flags += ["--max-pixels", "--fps", "--text-capacity" if stream.text_sliding is None else "--text-sink and --text-sliding"]
+    flags += ["--max-new-tokens", "--max-pixels", "--fps", "--text-capacity" if stream.text_sliding is None else "--text-sink and --text-sliding"]
     return f"lower {', '.join(flags[:-1])} or {flags[-1]}"
 
 
@@ -111,6 +111,15 @@ class Programs:
         for name in names:
             if name in self._futures:
                 self._futures[name].result()
+
+    def check_memory(self, *names: Any) -> None:
+        """UserError where what a compiled program works with, beside what is allocated by now, exceeds what is free."""
+        free = free_memory()
+        for name in names:
+            analysis = self._futures[name].result().memory_analysis()
+            if free is not None and analysis is not None and analysis.temp_size_in_bytes > free:
+                need, have = size_text(analysis.temp_size_in_bytes), size_text(free)
+                raise UserError(f"a round needs {need} to work with, and {have} of memory are free: lower --chunk, --fps or --max-pixels")
 
     def close(self) -> None:
         """Drops what has not begun to compile."""

@@ -9,6 +9,7 @@ from the recipe, tokens from greedy decoding, and sequences, sizes and positions
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,48 @@ import oracle
 import recipe
 
 from svlm_jax.config import StreamConfig
+from svlm_jax.errors import UserError
 from svlm_jax.streaming.engine import Engine, make_spec
+from svlm_jax.streaming.prompt import encode_words
 from svlm_jax.streaming.visible import visible
 
 LOGIT_TOLERANCE = 1e-3  # the recordings themselves lie up to 4e-4 from a float64 run
+POSITION_TOLERANCE = 1e-3  # positions are whole multiples of 1/q, which a recording holds as float32: thirds at 3 frames a second
+GIVEN = ("family", "case", "config", "candidate_token_ids")
+NUMBERS = ("fps", "chunk_duration", "duration", "height", "width", "window_size", "text_round", "max_new_tokens", "repetition_penalty")
+SETTINGS = (*NUMBERS, "seed", "text_sink", "text_sliding_window", "previous_text", "query")
+
+
+def count_frames(case: dict[str, Any]) -> int:
+    """Frames of a round: what a chunk has beyond a whole number is not shown."""
+    return int(case["fps"] * case["chunk_duration"])
+
+
+def count_rounds(case: dict[str, Any]) -> int:
+    """Whole chunks of the duration (a quotient such as 0.3 / 0.1 falls just short of its whole number)."""
+    return int(case["duration"] / case["chunk_duration"] + 1e-6)
 
 
 def stream_config(case: dict[str, Any]) -> StreamConfig:
-    """A trace's settings in our names."""
-    rounds = round(case["duration"] / case["chunk_duration"])
+    """A trace's settings in our names. `text_capacity` is for all that may be said, without the initial text."""
+    recompute = case.get("recompute", False)
+    if not count_frames(case):
+        raise UserError(f"{case['fps']} frames a second and chunks of {case['chunk_duration']} s: a round has no frame")
     return StreamConfig(
         vision_window=case["window_size"],
         text_window=case["text_round"],
         text_sink=case["text_sink"],
         text_sliding=case["text_sliding_window"],
         max_new_tokens=case["max_new_tokens"],
-        chunk_seconds=case["chunk_duration"],
+        chunk_seconds=count_frames(case) / case["fps"],  # `times` takes what a round says of its time from the trace
         fps=case["fps"],
-        mode="recompute" if case["recompute"] else "streaming",
-        positions="append" if case["pos_mode"] == "append" else "contiguous",
+        mode="recompute" if recompute else "streaming",
+        positions="append" if case.get("pos_mode") == "append" and not recompute else "contiguous",
         query=case["query"],
         previous_text=case["previous_text"],
         temperature=0,
         repetition_penalty=case["repetition_penalty"],
-        text_capacity=max(1, rounds * case["max_new_tokens"]),
+        text_capacity=max(1, count_rounds(case) * case["max_new_tokens"]),
     )
 
 
@@ -50,14 +69,15 @@ def make_engine(trace: dict[str, Any], *, streams: int = 1) -> Engine:
     config, params = oracle.make_model(trace)
     case, tokenizer = trace["case"], oracle.tokenizer()
     size = {"height": case["height"], "width": case["width"]}
-    spec = make_spec(config, stream_config(case), tokenizer, **size, watch=trace["candidate_token_ids"])
+    stream = stream_config(case)
+    stream = dataclasses.replace(stream, text_capacity=stream.text_capacity + len(encode_words(tokenizer, stream.previous_text)))
+    spec = make_spec(config, stream, tokenizer, **size, watch=trace["candidate_token_ids"])
     return Engine(params, spec, tokenizer, streams=streams)
 
 
 def frames(case: dict[str, Any], index: int) -> np.ndarray:
     """The frames of round `index` of a trace, uint8 [F, 3, height, width]."""
-    count = int(case["fps"] * case["chunk_duration"])
-    return recipe.frames(case["seed"], case.get("skip_first_chunk", 0) + index, count, case["height"], case["width"])
+    return recipe.frames(case["seed"], case.get("skip_first_chunk", 0) + index, count_frames(case), case["height"], case["width"])
 
 
 def times(case: dict[str, Any], index: int) -> tuple[float, float]:
@@ -83,7 +103,7 @@ def produce(trace: dict[str, Any]) -> list[dict[str, Any]]:
     case, engine = trace["case"], make_engine(trace)
     engine.open(0)
     rounds = []
-    for index in range(round(case["duration"] / case["chunk_duration"])):
+    for index in range(count_rounds(case)):
         engine.ingest(frames(case, index)[None], engine.prompt({0: times(case, index)}))
         record = read_sequence(engine, 0)
         turn = engine.decode()
@@ -104,11 +124,26 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
         for key in ("kv_len_in", "sequence_in", "generated", "kv_len_out"):
             assert our[key] == their[key], f"round {index}: {key} differs:\n  {our[key]}\n  {their[key]}"
         ours_at, theirs_at = np.array(our["position_ids"]), np.array(their["position_ids"])
-        assert ours_at.shape == theirs_at.shape and np.abs(ours_at - theirs_at).max() < 1e-6, f"round {index}: positions differ"
+        assert ours_at.shape == theirs_at.shape and np.abs(ours_at - theirs_at).max() < POSITION_TOLERANCE, f"round {index}: positions differ"
         difference = np.abs(np.array(our["logits_cand"]) - np.array(their["logits_cand"])).max()
         worst = max(worst, float(difference))
         assert difference <= LOGIT_TOLERANCE, f"round {index}: a logit differs by {difference:.1e}"
     return worst
+
+
+def replay(path: Path, out: Path | None) -> str:
+    """Produces one trace, writes it, and says how it compares. UserError for a file that is no trace; AssertionError where they differ."""
+    trace = oracle.read_json(path)
+    oracle.need(trace, "the trace", *GIVEN[1:])
+    oracle.need(trace["case"], "case", *SETTINGS)
+    oracle.need_numbers(trace["case"], "case", *NUMBERS)
+    recorded = trace.pop("rounds", None)
+    produced = {**trace, "rounds": produce(trace)}
+    oracle.write_beside(path, out, produced)
+    if not recorded:
+        return f"{len(produced['rounds'])} rounds produced, none recorded to compare with"
+    worst = compare(produced["rounds"], recorded)
+    return f"{len(recorded)} rounds exact, largest difference of a logit {worst:.1e}"
 
 
 def main() -> int:
@@ -118,19 +153,9 @@ def main() -> int:
     arguments = parser.parse_args()
     failed = 0
     for path in arguments.traces:
-        trace = oracle.read_json(path)
-        recorded = trace.pop("rounds", None)
-        produced = {**trace, "rounds": produce(trace)}
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            oracle.write_json(arguments.out / path.name, produced)
-        if recorded is None:
-            print(f"{path.name}: {len(produced['rounds'])} rounds produced, none recorded to compare with", flush=True)
-            continue
         try:
-            worst = compare(produced["rounds"], recorded)
-            print(f"{path.name}: {len(recorded)} rounds exact, largest difference of a logit {worst:.1e}", flush=True)
-        except AssertionError as error:
+            print(f"{path.name}: {replay(path, arguments.out)}", flush=True)
+        except (AssertionError, UserError) as error:
             failed += 1
             print(f"{path.name}: {error}", flush=True)
     return 1 if failed else 0

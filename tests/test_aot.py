@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("libtpu", reason="compiling for TPUs takes the compiler of the libtpu package")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import aot  # noqa: E402
+import aot
 
-from svlm_jax.config import StreamConfig  # noqa: E402
-from svlm_jax.configs.models import qwen2_5_vl_7b  # noqa: E402
-from svlm_jax.streaming.state import state_shapes  # noqa: E402
+from svlm_jax.config import StreamConfig
+from svlm_jax.configs.models import qwen2_5_vl_7b
+from svlm_jax.streaming.state import state_shapes
 
 FACT_BYTES = 1 + 4 + 3 * 4  # of a slot: validity, token id, coordinate
 

@@ -198,8 +198,8 @@ def test_a_missing_video_is_named_at_the_call():
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"vision_window": 10**9}, "--vision-window, --text-window, --max-pixels, --fps or --text-sink and --text-sliding"),
-        ({"mode": "full", "capacity_rounds": 10**9}, "--capacity-rounds, --max-pixels"),
+        ({"vision_window": 10**9}, "--vision-window, --text-window, --max-new-tokens, --max-pixels, --fps or --text-sink and --text-sliding"),
+        ({"mode": "full", "capacity_rounds": 10**9}, "--capacity-rounds, --max-new-tokens, --max-pixels"),
         ({"text_sink": None, "text_sliding": None, "text_capacity": 10**12}, "--text-capacity"),
     ],
 )
@@ -225,6 +225,15 @@ def test_memory_is_counted_exactly(monkeypatch):
     monkeypatch.setattr(programs, "free_memory", lambda: model.nbytes - 1)
     with pytest.raises(UserError, match="use a smaller model"):
         Commentary(CLIP)
+
+
+def test_what_a_round_works_with_must_fit_too(monkeypatch, model):
+    commentary = Commentary(CLIP, model, duration=1)  # one kind of round: no program is left compiling
+    commentary.load()
+    monkeypatch.setattr(programs, "free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"a round needs [\d.]+ MiB to work with, and 0\.0 MiB of memory are free: lower --chunk"):
+        commentary.prepare()
+    commentary.close()
 
 
 def test_weights_from_elsewhere(tmp_path, model):

@@ -116,6 +116,8 @@ def test_a_command_fails_in_one_line(capsys):
         (["--text-sink", "few"], "'few' must be a number of tokens, or off"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
         (["--mode", "full", "--positions", "append"], "--positions append needs --mode streaming"),
+        (["--seed", "1" + "0" * 20], "--seed must be an integer of 64 bits"),
+        (["--text-capacity", "-5"], "--text-capacity must not be negative, but is -5"),
         (["--start", "-1"], "-1 must not be negative"),
         (["--duration", "0"], "0 must be positive"),
         (["--out", "captions.txt"], "captions.txt must end in .vtt, .srt or .jsonl"),
@@ -159,11 +161,12 @@ def places(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "kept.vtt").write_text("WEBVTT\n\nkept")
-    for name in ("mute", "odd", "bare", "torn"):
+    for name in ("mute", "odd", "bare", "torn", "endless"):
         shutil.copytree(tiny_path(), tmp_path / name)
     (tmp_path / "mute" / "tokenizer.json").unlink()
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    (tmp_path / "endless" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": float("inf")}))
     (tmp_path / "bare" / "model.safetensors").unlink()
     weights = tmp_path / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -171,6 +174,7 @@ def places(tmp_path):
 
 
 BAD_INPUT = {
+    "no name": ([""], "the video's name is empty: name a file or a URL"),
     "missing video": (["no.mp4"], "no.mp4: there is no such file: check the path"),
     "folder": (["folder"], "folder is a folder: name a video file in it"),
     "empty video": (["empty.mp4"], "empty.mp4 is empty: fetch or record it again"),
@@ -184,11 +188,13 @@ BAD_INPUT = {
     "no tokenizer": (["--model", "mute"], "no tokenizer in mute: it needs tokenizer.json"),
     "no weights": (["--model", "bare"], "no weights in bare: it needs model.safetensors"),
     "config of another model": (["--model", "odd"], "odd lacks model.layers.3."),
+    "config beyond numbers": (["--model", "endless"], "endless/config.json has rms_norm_eps = inf, which is not a number that it can be"),
     "weights cut off": (["--model", "torn"], "torn/model.safetensors"),
     "out in no folder": (["--out", "none/a.vtt"], "none/a.vtt"),
     "out is a folder": (["--out", "folder.vtt"], "folder.vtt"),
     "out twice": (["--out", "a.vtt", "--out", "./a.vtt"], "name each caption file once"),
     "too large": (["--vision-window", "100000000"], "lower --vision-window"),
+    "too long turns": (["--max-new-tokens", "1000000000"], "--max-new-tokens"),
     "too few pixels": (["--max-pixels", "100"], "give at least 784"),
     "question after the end": (["--question", "Who?@12"], "outside of what is captioned, 0 s to 12 s"),
 }

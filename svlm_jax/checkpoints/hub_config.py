@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class _Fields:
         value = self.get(name)
         if value is None:
             raise UserError(f"{self.file} has no field {self.prefix}{name}: take the config.json that belongs to these weights")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kind(value) or value < least:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != kind(value) or value < least:
             raise UserError(f"{self.file} has {self.prefix}{name} = {value!r}, which is not a number that it can be")
         return kind(value)
 

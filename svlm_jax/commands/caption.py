@@ -97,7 +97,7 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
         reason = next(iter(str(error).splitlines()), "") or f"none of {wanted}"
         raise UserError(f"JAX finds no device ({reason}): unset JAX_PLATFORMS, or set it to cpu") from error
     return Commentary(
-        args.source or sample_clip(),
+        sample_clip() if args.source is None else args.source,
         args.model,
         weights=args.weights,
         dtype=args.dtype,

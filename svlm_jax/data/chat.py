@@ -1,6 +1,7 @@
 """Chat prompts of text, images and clips, laid out as tokens, positions and places. NumPy only."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -64,8 +65,14 @@ def _visual(part: Image | Clip, vision: VisionConfig) -> tuple[np.ndarray, tuple
 def lay_out(parts: Sequence[Part], tokenizer: Tokenizer, layout: PromptLayout, vision: VisionConfig) -> ChatPrompt:
     """The prompt's tokens and positions: text counts on, a visual spans (time, row, column) from its base.
 
-    Text is encoded with its special tokens (`<|im_start|>` and so on), as chat templates write them.
+    Text is encoded with its special tokens (`<|im_start|>` and so on), as chat templates write them; texts that follow each
+    other are one text.
     """
+    parts = [
+        piece
+        for is_text, run in itertools.groupby(parts, lambda part: isinstance(part, str))
+        for piece in (["".join(run)] if is_text else run)  # type: ignore[arg-type]
+    ]
     visuals = [_visual(part, vision) for part in parts if not isinstance(part, str)]
     unit = math.lcm(1, *(step.denominator for _, _, step in visuals))
     tokens: list[int] = []

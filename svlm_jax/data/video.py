@@ -229,6 +229,8 @@ def _reason(error: FFmpegError | OSError) -> str:
 
 
 def _open_container(source: str):
+    if not source:
+        raise UserError("the video's name is empty: name a file or a URL")
     local = "://" not in source
     if local:
         path = Path(source)

@@ -63,7 +63,8 @@ class _Row:
 
     age: int = 0
     words: int = 0  # tokens put into the previous text, where that is bounded by a capacity
-    recent: collections.deque[list[int]] = dataclasses.field(default_factory=collections.deque)  # turns not yet in it
+    recent: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # words of each turn that is not yet in it
+    noted: int = 0  # turns that the engine was told of
     memory: list[int] = dataclasses.field(default_factory=list)  # mode "windows": the previous text of the next window
 
 
@@ -189,7 +190,8 @@ class Engine:
                 if s.text_sink is not None and s.text_sliding is not None and len(row.memory) > s.text_sink + s.text_sliding - 1:
                     row.memory = row.memory[: s.text_sink] + row.memory[len(row.memory) - s.text_sliding + 1 :]
             elif s.mode != "full" and s.text_sink is None:
-                row.words += len(words)
+                row.recent.append(len(words))
+                row.noted += 1
 
     def _restart_windows(self) -> None:
         """Mode "windows": a full window starts anew with the system prompt and the previous text, cut as in training."""
@@ -204,6 +206,8 @@ class Engine:
             raise UserError(
                 f"--mode full holds {s.capacity_rounds} rounds and this stream has reached them: raise --capacity-rounds or use --mode streaming"
             )
+        while row.recent and row.noted - len(row.recent) <= row.age - s.text_window:  # what the next eviction moves into the text
+            row.words += row.recent.popleft()
         if s.mode in ("streaming", "recompute") and s.text_sink is None and row.words > self.spec.cache.sink:
             raise UserError(
                 f"the previous text has outgrown its {self.spec.cache.sink} tokens: set --text-sink and --text-sliding, or raise --text-capacity"
