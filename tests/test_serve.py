@@ -118,6 +118,22 @@ def test_a_signal_keeps_what_was_said(long_video, tmp_path, number, code):
     assert [cue.text for cue in webvtt.WebVTT.read(str(vtt), strict=True)] == kept
 
 
+def test_a_kill_keeps_what_was_said(long_video, tmp_path):
+    vtt, subrip, jsonl = outs = [tmp_path / f"a{suffix}" for suffix in (".vtt", ".srt", ".jsonl")]
+    command = [*SERVE, str(long_video), *(f"--out={out}" for out in outs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path) as process:
+        heard = [process.stdout.readline() for _ in range(5)]
+        process.kill()
+        heard += process.communicate(timeout=60)[0].splitlines(keepends=True)
+    said = [line.partition("] ")[2].rstrip("\n") for line in heard if line.endswith("\n")]
+    kept = [r["text"] for r in lines_of(jsonl) if r["type"] == "segment"]
+    cues = [cue.text for cue in webvtt.WebVTT.read(str(vtt), strict=True)]
+    titles = [cue.content for cue in srt.parse(subrip.read_text("utf-8"), ignore_errors=False)]
+    for words in (kept, cues, titles):  # the last round may have reached some of the files only
+        assert len(said) <= len(words) <= len(said) + 1 and words[: len(said)] == said
+    assert process.returncode == -signal.SIGKILL and not list(tmp_path.glob(".svlm-*"))
+
+
 def test_ctrl_c_while_it_compiles_is_heard_at_once(tmp_path):
     command = [*SERVE, "--no-compilation-cache", "--out", str(tmp_path / "a.vtt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
