@@ -6,7 +6,7 @@ import replay_forward
 import replay_trace
 from contract import replay
 
-TRACES = sorted(path.name for path in (oracle.DATA / "streaming").glob("*.json.gz") if not path.name.startswith("qwen2vl"))
+TRACES = sorted(path.name for path in (oracle.DATA / "streaming").glob("*.json.gz"))
 
 
 @pytest.mark.parametrize("name", TRACES)
