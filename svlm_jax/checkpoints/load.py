@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint straight into the parameters' layout and sharding, without PyTorch.
+"""Reads a checkpoint, in Hugging Face's form or Orbax's, straight into the parameters' layout and sharding, without PyTorch.
 
 The host holds one parameter at a time (and the one before it, while that travels to its device), never the model.
 """
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from svlm_jax.checkpoints.hub_config import read_config
-from svlm_jax.checkpoints.plan import Path_, Target, leaves, plan, weight_files
+from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
+from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -43,7 +44,7 @@ class LoadedModel:
 def load(
     path: str | Path, *, dtype: Any = None, stacked: bool = False, shardings: Any = None, progress: Progress | None = None
 ) -> LoadedModel:
-    """The model in a Hugging Face directory, or the one of that name (`org/name`) in the local Hub cache or on the Hub.
+    """The model in a directory of Hugging Face's or Orbax's form, or the one of that name (`org/name`) in the local Hub cache or on the Hub.
 
     The keywords are those of `load_params`. Raises UserError, one line, for whatever is wrong with the checkpoint.
     """
@@ -65,6 +66,8 @@ def find(path: str | Path) -> tuple[Path, str]:
     if folder.is_dir():
         return folder, folder.resolve().name
     name = str(path)
+    if folder.is_file() and folder.suffix in PICKLES:
+        raise UserError(f"{name} is a pickle, which may run any code when it is opened: pass a directory with safetensors")
     if folder.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} is not a directory: pass the one that a Hugging Face model was downloaded to")
     mend = f"download it (`hf download {name} --local-dir DIR`) and pass the directory"
@@ -105,8 +108,10 @@ def load_params(
 
     Raises UserError, before anything is allocated, where files and config do not match in every tensor.
     """
-    targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     places = _places(config, stacked, shardings)
+    if is_orbax(Path(path)):
+        return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
+    targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     params: Params = {}
     total, done, files = sum(target.nbytes for target in targets), 0, Mapped()
     previous: Array | None = None
@@ -137,19 +142,19 @@ def _places(config: ModelConfig, stacked: bool, shardings: Any) -> dict[Path_, A
 def _fill(target: Target, sharding: jax.sharding.Sharding | None, files: Mapped, pool: Executor) -> Array:
     """The parameter on its devices; one shard at a time is assembled on the host."""
     if sharding is None:
-        return jax.device_put(_assemble(target, tuple(slice(0, n) for n in target.shape), files, pool))
+        return jax.device_put(assemble(target, tuple(slice(0, n) for n in target.shape), files, pool))
     shards: dict[tuple, list[Any]] = {}  # devices by the box that they hold: replicas are read once
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         box = tuple(part.indices(n)[:2] for part, n in zip(index or (), target.shape, strict=True))
         shards.setdefault(box, []).append(device)
     arrays = []
     for box, devices in shards.items():
-        block = _assemble(target, tuple(slice(*part) for part in box), files, pool)
+        block = assemble(target, tuple(slice(*part) for part in box), files, pool)
         arrays += [jax.device_put(block, device) for device in devices]
     return jax.make_array_from_single_device_arrays(target.shape, sharding, arrays)
 
 
-def _assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Executor) -> np.ndarray:
+def assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Executor) -> np.ndarray:
     """The part `box` of a parameter, put together from its tensors."""
     out = np.empty([part.stop - part.start for part in box], target.dtype)
     for block in target.blocks:

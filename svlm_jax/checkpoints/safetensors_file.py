@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -125,8 +125,8 @@ class Outgoing:
         return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
 
-def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]) -> None:
-    """Writes `tensors`, whose `values` are asked for one at a time and in the same order."""
+def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray], *, written: Callable[[int], None] | None = None) -> None:
+    """Writes `tensors`, whose `values` are asked for one at a time and in the same order; `written` is told the bytes of each part."""
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
     for tensor in tensors:
@@ -140,6 +140,9 @@ def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]
             assert value.shape == tensor.shape and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
             raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             for start in range(0, raw.size, WRITTEN_AT_ONCE):
-                target.write(raw[start : start + WRITTEN_AT_ONCE].data)
+                part = raw[start : start + WRITTEN_AT_ONCE]
+                target.write(part.data)
+                if written is not None:
+                    written(part.size)
         target.flush()
         os.fsync(target.fileno())
