@@ -50,8 +50,8 @@ def compare(path: str | Path, other: str | Path, *, progress: Progress | None = 
         raise UserError(f"{one} is {first.dtype.name} and {two} is {second.dtype.name}: convert one of them with --dtype")
     a, b = Parameters(first, config), Parameters(second, config)
     done, total = 0, sum(math.prod(shape) for shape in first.shapes.values()) * first.dtype.itemsize
-    for place in a:
-        left, right = (np.ascontiguousarray(p[place]).reshape(-1).view(f"u{first.dtype.itemsize}") for p in (a, b))
+    for place in a.paths:
+        left, right = (np.ascontiguousarray(p.get(place)).reshape(-1).view(f"u{first.dtype.itemsize}") for p in (a, b))
         if not np.array_equal(left, right):
             raise UserError(f"{np.count_nonzero(left != right):,} of {left.size:,} numbers of {a.tensor_of(place)} differ between {one} and {two}")
         done += left.nbytes

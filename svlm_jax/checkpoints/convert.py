@@ -71,7 +71,7 @@ def convert(
         if form == "orbax":
             write_orbax(staging, _counted(parameters, total, progress))
         else:
-            write_weights(parameters, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
+            write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
         copy_companions(folder, staging)
         write_json(staging / "config.json", _described(folder, opened.dtype))
     return Converted(target, form, opened.dtype, count, total)

@@ -172,11 +172,16 @@ def assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Execut
             place = place.view(source.dtype)  # plain integers, which are copied faster
         else:
             source = source.view(stored)
-        copies = [pool.submit(place.__setitem__, tile, source[tile]) for tile in _tiles(source)]
+        copies = [pool.submit(_copy, place, source, tile) for tile in _tiles(source)]
         for copy in copies:
             copy.result()
         files.release(block.stored)
     return out
+
+
+def _copy(place: np.ndarray, source: np.ndarray, tile: tuple[slice, ...]) -> None:
+    with np.errstate(all="ignore"):  # what no longer fits into a narrower dtype becomes infinite
+        place[tile] = source[tile]
 
 
 def _tiles(array: np.ndarray) -> Iterator[tuple[slice, ...]]:

@@ -84,7 +84,8 @@ class OrbaxSource:
         # Orbax makes an array of what it is shown: a view of one number takes no memory
         wanted = [(path, np.broadcast_to(np.zeros((), self.dtypes[path]), self.shapes[path])) for path in paths]
         found = dict(leaves(_read(self.folder, _tree(wanted))))
-        return {path: found.pop(_words(path)).astype(self.dtype, copy=False) for path in paths}
+        with np.errstate(all="ignore"):  # what no longer fits into a narrower dtype becomes infinite
+            return {path: found.pop(_words(path)).astype(self.dtype, copy=False) for path in paths}
 
 
 def leaf_details(folder: Path) -> list[tuple[np.dtype, int, int]]:
@@ -168,7 +169,10 @@ def _metadata(folder: Path) -> Any:
     ocp = library()
     try:
         with _quiet():
-            return ocp.metadata((folder / PARAMS).absolute()).metadata
+            tree = ocp.metadata((folder / PARAMS).absolute()).metadata
+        if not isinstance(tree, dict):
+            raise ValueError("its metadata names no parameters")
+        return tree
     except Exception as error:
         raise UserError(f"{folder / PARAMS} cannot be read ({_reason(error)}): convert or copy it again") from error
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def save_params(
     source = None if tokenizer_files_from is None else Path(tokenizer_files_from)
     described = write_config(config, TokenIds.of(Tokenizer.load(source)) if source else None, dtype=dtype.name)
     with staged(folder) as staging:
-        write_weights(dict(leaves(params)), config, staging, dtype, shard_bytes=shard_bytes, stacked=is_stacked(params))
+        write_weights(dict(leaves(params)).__getitem__, config, staging, dtype, shard_bytes=shard_bytes, stacked=is_stacked(params))
         if source is not None:
             copy_companions(source, staging)
         write_json(staging / "config.json", described)
@@ -86,7 +86,7 @@ def _check(params: Params, config: ModelConfig) -> np.dtype:
 
 
 def write_weights(
-    parameters: Mapping[Path_, Any],
+    parameter: Callable[[Path_], Any],
     config: ModelConfig,
     folder: Path,
     dtype: np.dtype,
@@ -98,7 +98,7 @@ def write_weights(
     """Writes safetensors files, and their index where there are several.
 
     Args:
-      parameters: the parameters by path. They are asked for in the order of the name table, those of a layer together.
+      parameter: gives each parameter. They are asked for in the order of the name table, those of a layer together.
       dtype: what they are.
       progress: called with (bytes done, bytes in total) after every tensor.
     """
@@ -123,16 +123,16 @@ def write_weights(
             progress(done, total)
 
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, [Outgoing(p.name, word, p.source_shape) for p in shard], _values(shard, parameters), written=tell)
+        write_file(folder / name, [Outgoing(p.name, word, p.source_shape) for p in shard], _values(shard, parameter), written=tell)
     if len(shards) > 1:
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _values(pieces: list[Piece], parameters: Mapping[Path_, Any]) -> Iterator[np.ndarray]:
+def _values(pieces: list[Piece], parameter: Callable[[Path_], Any]) -> Iterator[np.ndarray]:
     """The tensors, one after the other."""
     for piece in pieces:
-        leaf, index = parameters[piece.path], piece.index
+        leaf, index = parameter(piece.path), piece.index
         if index and isinstance(index[0], int):  # one layer of a stacked parameter; on its own, it is compiled once for all layers
             leaf, index = leaf[index[0]], index[1:]
         if not index and isinstance(leaf, jax.Array):  # an array that is read keeps what was read on the host for as long as it lives

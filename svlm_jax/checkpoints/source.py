@@ -1,9 +1,9 @@
 """Checkpoints on disk, of either form, whose parameters are read a group at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,6 @@ from svlm_jax.errors import UserError
 
 COMPARED_AT_ONCE = 1 << 20  # numbers, which fit into the cache
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
-
-
-class Source(Protocol):
-    """What a converter needs to know of a checkpoint."""
-
-    shapes: dict[Path_, tuple[int, ...]]
-    dtype: np.dtype  # of what `read` gives
-
-    def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]: ...
 
 
 class HubSource:
@@ -43,12 +34,15 @@ class HubSource:
             return {path: assemble(self._targets[path], tuple(slice(0, n) for n in self.shapes[path]), self._files, pool) for path in paths}
 
 
-def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> HubSource | OrbaxSource:
+Source = HubSource | OrbaxSource
+
+
+def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> Source:
     """The checkpoint in `folder`, with every tensor accounted for and none read. UserError for what is wrong with it."""
     return (OrbaxSource if is_orbax(folder) else HubSource)(folder, config, dtype=dtype)
 
 
-class Parameters(Mapping[Path_, np.ndarray]):
+class Parameters:
     """The parameters of a source, read a group at a time as they are asked for; one group is in memory.
 
     `change` is applied to every parameter that is read; then each must be finite, or UserError names the tensor.
@@ -61,21 +55,17 @@ class Parameters(Mapping[Path_, np.ndarray]):
             self._pieces.setdefault(piece.path, []).append(piece)
         ordered = {path: source.shapes[path] for path in self._pieces}
         self._groups = grouped(ordered, source.dtype.itemsize)
+        self.paths = tuple(ordered)
         self._of = {path: index for index, group in enumerate(self._groups) for path in group}
         self._held: tuple[int, dict[Path_, np.ndarray]] = (-1, {})
 
-    def __getitem__(self, path: Path_) -> np.ndarray:
+    def get(self, path: Path_) -> np.ndarray:
+        """One parameter; asked for in the order of `paths`, each group is read once."""
         index = self._of[path]
         if self._held[0] != index:
             self._held = (-1, {})  # the one before is free before the next is read
             self._held = (index, self._group(index))
         return self._held[1][path]
-
-    def __iter__(self) -> Iterator[Path_]:
-        return iter(self._of)
-
-    def __len__(self) -> int:
-        return len(self._of)
 
     def tensor_of(self, path: Path_) -> str:
         """The tensors of a parameter, by name."""

@@ -3,16 +3,16 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any
 
 REDRAWN = 0.2  # seconds between lines on a terminal
 LOGGED = 10.0  # seconds between lines elsewhere
 
 
 class ProgressLine:
-    """Call it with (bytes done, bytes in total); a context manager, so that the line ends where the work does."""
+    """Call it with (bytes done, bytes in total); a context manager, so that the line ends where the work does. `out` is a text file."""
 
-    def __init__(self, words: str, *, out: TextIO | None = None, now: Callable[[], float] = time.monotonic):
+    def __init__(self, words: str, *, out: Any = None, now: Callable[[], float] = time.monotonic):
         self._words, self._out, self._now = words, out or sys.stderr, now
         self._live = self._out.isatty()
         self._began = now()
