@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ def convert(
     return Converted(target, form, opened.dtype, count, total)
 
 
-def _counted(parameters: Parameters, total: int, progress: Progress | None) -> Iterator[Mapping[Path_, np.ndarray]]:
+def _counted(parameters: Parameters, total: int, progress: Progress | None) -> Iterator[dict[Path_, np.ndarray]]:
     done = 0
     for group in parameters.groups():
         size = sum(array.nbytes for array in group.values())

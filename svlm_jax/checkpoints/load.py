@@ -4,9 +4,9 @@ The host holds one parameter at a time (and the one before it, while that travel
 """
 
 import dataclasses
-import math
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from svlm_jax.checkpoints.copying import COPIERS, fill
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
 from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
@@ -25,8 +26,6 @@ from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in total
-TILE = 2 << 20  # bytes copied at once: source and transposed target fit in the cache together, 3.5 times faster than all at once
-COPIERS = 8  # threads; NumPy copies without the interpreter's lock
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -172,30 +171,8 @@ def assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Execut
             place = place.view(source.dtype)  # plain integers, which are copied faster
         else:
             source = source.view(stored)
-        copies = [pool.submit(_copy, place, source, tile) for tile in _tiles(source)]
-        for copy in copies:
-            copy.result()
-        files.release(block.stored)
+        fill(place, source, pool, copied=functools.partial(files.release, block.stored))
     return out
-
-
-def _copy(place: np.ndarray, source: np.ndarray, tile: tuple[slice, ...]) -> None:
-    with np.errstate(all="ignore"):  # what no longer fits into a narrower dtype becomes infinite
-        place[tile] = source[tile]
-
-
-def _tiles(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Parts of `array` of at most TILE bytes that cover it, cut along the axes that are farthest apart in memory."""
-    waiting = [tuple(slice(0, n) for n in array.shape)]
-    while waiting:
-        tile = waiting.pop()
-        sizes = [part.stop - part.start for part in tile]
-        if math.prod(sizes) * array.itemsize <= TILE:
-            yield tile
-            continue
-        axis = max((axis for axis in range(array.ndim) if sizes[axis] > 1), key=lambda axis: array.strides[axis])
-        start, middle, stop = tile[axis].start, (tile[axis].start + tile[axis].stop) // 2, tile[axis].stop
-        waiting += [(*tile[:axis], slice(*part), *tile[axis + 1 :]) for part in ((middle, stop), (start, middle))]
 
 
 def _put(params: Any, path: Path_, array: Array) -> None:

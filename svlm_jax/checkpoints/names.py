@@ -42,7 +42,11 @@ class Piece:
 
     def export_block(self, block: np.ndarray) -> np.ndarray:
         """The source tensor, out of the block that it fills."""
-        return np.ascontiguousarray(block.transpose(np.argsort(self.order))).reshape(self.source_shape)
+        return np.ascontiguousarray(self.unordered(block)).reshape(self.source_shape)
+
+    def unordered(self, block: np.ndarray) -> np.ndarray:
+        """A view of the block with the source tensor's axes, taken apart."""
+        return block.transpose(np.argsort(self.order))
 
 
 def _linear(name: str, path, out: tuple[int, ...], inner: tuple[int, ...], *, index: Index = ()) -> Piece:

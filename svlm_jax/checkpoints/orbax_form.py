@@ -132,7 +132,7 @@ def _place(path: Path_, places: Mapping[Path_, Any], stacked: bool) -> Any:
     return sharding
 
 
-def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int = 768 << 20) -> list[list[Path_]]:
+def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int = 512 << 20) -> list[list[Path_]]:
     """The parameters in groups of at most `limit` bytes, in order; layers and blocks stay whole, and larger parameters are alone."""
     units: dict[Path_, list[Path_]] = {}
     for path in shapes:
@@ -149,20 +149,27 @@ def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int =
     return groups
 
 
-def write_orbax(folder: Path, groups: Iterable[Mapping[Path_, np.ndarray]]) -> None:
+def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None:
     """Writes the parameters, asked for group by group, as `folder`/params. OSError where the disk cannot take them."""
     ocp = library()
     target = (folder / PARAMS).absolute()
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink, and what is not packed is read in place
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    saving: Any = None
     with _quiet(), context:
-        for group in groups:
-            try:
-                ocp.partial.save(target, _tree(group.items()))
-            except Exception as error:  # tensorstore raises ValueError for whatever the system says
-                raise OSError(None, _reason(error)) from error
-        ocp.partial.finalize(target)
+        try:
+            for group in groups:  # the next one is read while this one goes to the disk
+                if saving is not None:
+                    saving.result()
+                saving = ocp.partial.save_async(target, _tree(group.items()))
+            if saving is not None:
+                saving.result()
+            ocp.partial.finalize(target)
+        except UserError:
+            raise
+        except Exception as error:  # tensorstore raises ValueError for whatever the system says
+            raise OSError(None, _reason(error)) from error
 
 
 def _metadata(folder: Path) -> Any:

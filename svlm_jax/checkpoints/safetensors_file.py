@@ -13,7 +13,9 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -134,15 +136,28 @@ def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
-    with open(file, "wb") as target:
+    with open(file, "wb") as target, ThreadPoolExecutor(1) as writer:
         target.write(len(text).to_bytes(8, "little") + text)
+        writing: Future[None] | None = None
         for tensor, value in zip(tensors, values, strict=True):
             assert value.shape == tensor.shape and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
-            raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            for start in range(0, raw.size, WRITTEN_AT_ONCE):
-                part = raw[start : start + WRITTEN_AT_ONCE]
-                target.write(part.data)
-                if written is not None:
-                    written(part.size)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(_write, target, np.ascontiguousarray(value).reshape(-1).view(np.uint8), written)
+            del value
+        if writing is not None:
+            writing.result()
         target.flush()
         os.fsync(target.fileno())
+
+
+def _write(target: BinaryIO, raw: np.ndarray, written: Callable[[int], None] | None) -> None:
+    """In a thread of its own, so that the next tensor is made while this one goes to the disk."""
+    for start in range(0, raw.size, WRITTEN_AT_ONCE):
+        part = raw[start : start + WRITTEN_AT_ONCE]
+        target.write(part.data)
+        if part.size == WRITTEN_AT_ONCE:  # keeps the disk busy all along, rather than at the end of the file
+            target.flush()
+            os.fsync(target.fileno())
+        if written is not None:
+            written(part.size)

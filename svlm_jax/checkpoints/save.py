@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from svlm_jax.checkpoints.copying import COPIERS, contiguous
 from svlm_jax.checkpoints.hub_config import TokenIds, write_config
-from svlm_jax.checkpoints.names import Piece, name_table
+from svlm_jax.checkpoints.names import Index, Piece, name_table
 from svlm_jax.checkpoints.plan import INDEX, SINGLE, Path_, leaves
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, write_file
 from svlm_jax.checkpoints.staging import refuse_existing, staged
@@ -131,13 +133,18 @@ def write_weights(
 
 def _values(pieces: list[Piece], parameter: Callable[[Path_], Any]) -> Iterator[np.ndarray]:
     """The tensors, one after the other."""
-    for piece in pieces:
-        leaf, index = parameter(piece.path), piece.index
-        if index and isinstance(index[0], int):  # one layer of a stacked parameter; on its own, it is compiled once for all layers
-            leaf, index = leaf[index[0]], index[1:]
-        if not index and isinstance(leaf, jax.Array):  # an array that is read keeps what was read on the host for as long as it lives
-            leaf = jnp.array(leaf, copy=True)
-        yield piece.export_block(np.asarray(leaf[index] if index else leaf))
+    with ThreadPoolExecutor(COPIERS) as pool:
+        for piece in pieces:
+            yield contiguous(piece.unordered(_block(parameter(piece.path), piece.index)), pool).reshape(piece.source_shape)
+
+
+def _block(leaf: Any, index: Index) -> np.ndarray:
+    """What a piece fills of a parameter, on the host."""
+    if index and isinstance(index[0], int):  # one layer of a stacked parameter; on its own, it is compiled once for all layers
+        leaf, index = leaf[index[0]], index[1:]
+    if not index and isinstance(leaf, jax.Array):  # an array that is read keeps what was read on the host for as long as it lives
+        leaf = jnp.array(leaf, copy=True)
+    return np.asarray(leaf[index] if index else leaf)
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -1,13 +1,14 @@
 """Checkpoints on disk, of either form, whose parameters are read a group at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from svlm_jax.checkpoints.load import COPIERS, assemble
+from svlm_jax.checkpoints.copying import COPIERS
+from svlm_jax.checkpoints.load import assemble
 from svlm_jax.checkpoints.names import Piece, name_table
 from svlm_jax.checkpoints.orbax_form import OrbaxSource, grouped, is_orbax
 from svlm_jax.checkpoints.plan import Path_, plan
@@ -43,7 +44,7 @@ def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> Sour
 
 
 class Parameters:
-    """The parameters of a source, read a group at a time as they are asked for; one group is in memory.
+    """The parameters of a source, read a group at a time as they are asked for; two groups at most are in memory.
 
     `change` is applied to every parameter that is read; then each must be finite, or UserError names the tensor.
     """
@@ -57,15 +58,21 @@ class Parameters:
         self._groups = grouped(ordered, source.dtype.itemsize)
         self.paths = tuple(ordered)
         self._of = {path: index for index, group in enumerate(self._groups) for path in group}
-        self._held: tuple[int, dict[Path_, np.ndarray]] = (-1, {})
+        self._index, self._held = -1, {}
+        self._reader = ThreadPoolExecutor(1)
+        self._next: Future[dict[Path_, np.ndarray]] | None = None
 
     def get(self, path: Path_) -> np.ndarray:
-        """One parameter; asked for in the order of `paths`, each group is read once."""
+        """One parameter; asked for in the order of `paths`, each group is read once, while the one before is used."""
         index = self._of[path]
-        if self._held[0] != index:
-            self._held = (-1, {})  # the one before is free before the next is read
-            self._held = (index, self._group(index))
-        return self._held[1][path]
+        if self._index != index:
+            self._held = {}
+            coming, self._next = self._next, None
+            found = coming.result() if coming is not None and index == self._index + 1 else self._group(index)
+            self._index, self._held = index, found
+            if index + 1 < len(self._groups):
+                self._next = self._reader.submit(self._group, index + 1)
+        return self._held[path]
 
     def tensor_of(self, path: Path_) -> str:
         """The tensors of a parameter, by name."""
