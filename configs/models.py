@@ -1,4 +1,4 @@
-"""The sizes of Qwen2.5-VL, as published in each checkpoint's config.json, and two small ones."""
+"""The sizes of Qwen2.5-VL and Qwen2-VL, as published in each checkpoint's config.json, and two small ones."""
 
 from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
 
@@ -47,6 +47,30 @@ def qwen2_5_vl_72b() -> ModelConfig:
     return ModelConfig(_vision(8192, 3456), _text(152_064, 8192, 29_568, 80, 64, 8), "qwen2.5-vl-72b")
 
 
+def _vision_of_qwen2(out: int) -> VisionConfig:
+    return VisionConfig(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_heads=16,
+        out_hidden_size=out,
+        window_size=None,
+        tokens_per_second=0,
+        norm="layer",
+        mlp="quick_gelu",
+    )
+
+
+def qwen2_vl_2b() -> ModelConfig:
+    """2.21 billion parameters, tied head."""
+    return ModelConfig(_vision_of_qwen2(1536), _text(151_936, 1536, 8960, 28, 12, 2, tied=True), "qwen2-vl-2b")
+
+
+def qwen2_vl_7b() -> ModelConfig:
+    """8.29 billion parameters; LiveCC's base."""
+    return ModelConfig(_vision_of_qwen2(3584), _text(152_064, 3584, 18_944, 28, 28, 4), "qwen2-vl-7b")
+
+
 def tiny(vocab_size: int = 2048) -> ModelConfig:
     """A quarter of a million parameters and every mechanism of the big ones: tests and the bundled demonstration."""
     vision = VisionConfig(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1, 3))
@@ -62,10 +86,28 @@ def tiny(vocab_size: int = 2048) -> ModelConfig:
     return ModelConfig(vision, text, "tiny")
 
 
+def tiny_qwen2_vl(vocab_size: int = 2048) -> ModelConfig:
+    """The same of Qwen2-VL, for tests."""
+    vision = VisionConfig(
+        depth=3,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=64,
+        window_size=None,
+        tokens_per_second=0,
+        norm="layer",
+        mlp="quick_gelu",
+    )
+    return ModelConfig(vision, tiny(vocab_size).text, "tiny-qwen2-vl")
+
+
 MODELS = {
     "tiny": tiny,
     "3b": qwen2_5_vl_3b,
     "7b": qwen2_5_vl_7b,
     "32b": qwen2_5_vl_32b,
     "72b": qwen2_5_vl_72b,
+    "qwen2-vl-2b": qwen2_vl_2b,
+    "qwen2-vl-7b": qwen2_vl_7b,
 }

@@ -17,7 +17,7 @@ from svlm_jax.captions import Caption
 from svlm_jax.checkpoints import load as checkpoint
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import LoadedModel
-from svlm_jax.checkpoints.plan import plan
+from svlm_jax.checkpoints.source import open_source
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
 from svlm_jax.data.video import Round as VideoRound
@@ -65,9 +65,9 @@ class Checkpoint:
         folder, name = checkpoint.find(tiny_path() if path is None else os.fspath(path))
         config = read_config(folder, name=name)
         source = folder if weights is None else checkpoint.find(os.fspath(weights))[0]
-        targets = plan(source, config, dtype=dtype)
-        nbytes = sum(math.prod(target.shape) * target.dtype.itemsize for target in targets)
-        return cls(folder, source, config, Tokenizer.load(folder), targets[0].dtype, nbytes)
+        opened = open_source(source, config, dtype=dtype)
+        nbytes = sum(math.prod(shape) for shape in opened.shapes.values()) * opened.dtype.itemsize
+        return cls(folder, source, config, Tokenizer.load(folder), opened.dtype, nbytes)
 
     def load(self, progress: checkpoint.Progress | None = None) -> LoadedModel:
         """Reads the parameters onto the default device. `progress` is called with bytes done and in total."""
@@ -80,7 +80,7 @@ class Checkpoint:
 def load(
     path: Source | None = None, *, weights: Source | None = None, dtype: Any = None, progress: checkpoint.Progress | None = None
 ) -> LoadedModel:
-    """The model in a Hugging Face directory (or of that name on the Hub), ready for `stream`.
+    """The model in a directory, of Hugging Face's form or Orbax's (or of that name on the Hub), ready for `stream`.
 
     Args:
       path: None is the bundled model, which is tiny and has random weights: its words mean nothing.

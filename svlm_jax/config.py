@@ -9,6 +9,8 @@ from svlm_jax.errors import UserError
 
 Mode = Literal["streaming", "full", "windows", "recompute"]
 Positions = Literal["contiguous", "append"]
+VisionNorm = Literal["rms", "layer"]
+VisionMlp = Literal["swiglu", "quick_gelu"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -18,33 +20,49 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1)."""
+    """The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), and what sets that of Qwen2-VL apart (arXiv 2409.12191).
+
+    Qwen2-VL has norm "layer", mlp "quick_gelu", no windows and no rate of temporal positions.
+    """
 
     depth: int  # transformer blocks
     hidden_size: int  # width of a patch's features
-    intermediate_size: int  # width of the SwiGLU MLP
+    intermediate_size: int  # width of the MLP
     num_heads: int
     out_hidden_size: int  # width after the merger = TextConfig.hidden_size
-    fullatt_block_indexes: tuple[int, ...]  # blocks that see the whole grid; the others see windows
+    fullatt_block_indexes: tuple[int, ...] = ()  # blocks that see the whole grid; the others see windows, where there are any
     patch_size: int = 14  # pixels
     spatial_merge_size: int = 2  # patches a side that the merger joins
     temporal_patch_size: int = 2  # frames a patch spans
-    window_size: int = 112  # pixels a side of an attention window; what is beyond whole merged patches does not count
-    tokens_per_second: float = 2  # temporal positions a second of video spans
+    window_size: int | None = 112  # pixels a side of an attention window, beyond whole merged patches none count; None: every block sees all
+    tokens_per_second: float = 2  # temporal positions a second of video spans; 0: one position a pair of frames
     in_channels: int = 3
-    rms_norm_eps: float = 1e-6
+    norm: VisionNorm = "rms"  # of blocks and merger; "layer" has biases
+    mlp: VisionMlp = "swiglu"  # of the blocks
+    rms_norm_eps: float = 1e-6  # of layer norms as well
 
     def __post_init__(self):
         _require(self.hidden_size % self.num_heads == 0, f"vision hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         _require(self.head_dim % 4 == 0, f"vision head size {self.head_dim} must be a multiple of 4 for two-axis rotary positions")
         _require(
-            self.window_size >= self.merged_patch_size,
+            self.window_size is None or self.window_size >= self.merged_patch_size,
             f"vision window_size {self.window_size} is less than {self.merged_patch_size} pixels (one merged patch)",
         )
+        _require(self.norm in ("rms", "layer"), f"vision norm {self.norm!r} is unknown: rms or layer")
+        _require(self.mlp in ("swiglu", "quick_gelu"), f"vision mlp {self.mlp!r} is unknown: swiglu or quick_gelu")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_inputs(self) -> int:
+        """Projections into the MLP: gate and up, or one."""
+        return 2 if self.mlp == "swiglu" else 1
+
+    def sees_all(self, block: int) -> bool:
+        """Whether block number `block` attends over the whole grid."""
+        return self.window_size is None or block in self.fullatt_block_indexes
 
     @property
     def merged_patch_size(self) -> int:
@@ -59,7 +77,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The Qwen2.5 decoder with three-axis rotary positions (M-RoPE)."""
+    """The Qwen2 and Qwen2.5 decoder with three-axis rotary positions (M-RoPE)."""
 
     vocab_size: int
     hidden_size: int

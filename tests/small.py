@@ -10,12 +10,14 @@ import numpy as np
 from contract import Contract
 
 from svlm_jax.config import ModelConfig, StreamConfig
-from svlm_jax.configs.models import tiny
+from svlm_jax.configs.models import tiny, tiny_qwen2_vl
 from svlm_jax.demo.make_tokenizer import TINY
 from svlm_jax.model.qwen_vl import init_params
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Params
+
+FAMILIES = {"qwen2_5_vl": tiny, "qwen2_vl": tiny_qwen2_vl}
 
 
 @functools.cache
@@ -24,9 +26,9 @@ def tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def model(layers: int = 1, depth: int = 0) -> tuple[ModelConfig, Params]:
+def model(layers: int = 1, depth: int = 0, family: str = "qwen2_5_vl") -> tuple[ModelConfig, Params]:
     """A model of `layers` decoder layers and `depth` vision blocks, with random weights that now and then close a turn."""
-    config = tiny(1024)
+    config = FAMILIES[family](1024)
     config = dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, depth=depth),
@@ -35,8 +37,18 @@ def model(layers: int = 1, depth: int = 0) -> tuple[ModelConfig, Params]:
     return config, init_params(config, jax.random.key(0))
 
 
-def engine(config: StreamConfig, *, streams: int = 1, layers: int = 1, depth: int = 0, height: int = 56, width: int = 84, **kwargs: Any) -> Engine:
-    sizes, params = model(layers, depth)
+def engine(
+    config: StreamConfig,
+    *,
+    streams: int = 1,
+    layers: int = 1,
+    depth: int = 0,
+    height: int = 56,
+    width: int = 84,
+    family: str = "qwen2_5_vl",
+    **kwargs: Any,
+) -> Engine:
+    sizes, params = model(layers, depth, family)
     spec = make_spec(sizes, config, tokenizer(), height=height, width=width, **kwargs)
     return Engine(params, spec, tokenizer(), streams=streams)
 

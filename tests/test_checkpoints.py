@@ -407,7 +407,7 @@ def test_nothing_half_written_is_left(tmp_path, checkpoint, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save_module, "_write_json", fail)  # after the weights
+    monkeypatch.setattr(save_module, "write_json", fail)  # after the weights
     with pytest.raises(UserError, match=r"out/model cannot be written \(No space left on device\)"):
         save_params(params, CONFIG, target)
     assert list(target.parent.iterdir()) == []

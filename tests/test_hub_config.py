@@ -64,7 +64,7 @@ def test_ties_inside_and_outside(tmp_path):
 
 
 BAD_CONFIGS = {
-    "family": (published(model_type="llava"), r"config\.json has model_type 'llava', which is not supported: the families are qwen2_5_vl$"),
+    "family": (published(model_type="llava"), r"config\.json has model_type 'llava', which is not supported: the families are qwen2_5_vl, qwen2_vl$"),
     "no family": ({}, r"has model_type None"),
     "field": ({k: v for k, v in published().items() if k != "vocab_size"}, r"config\.json has no field vocab_size: take"),
     "vision": ({k: v for k, v in published().items() if k != "vision_config"}, r"has no field vision_config"),

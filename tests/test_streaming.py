@@ -197,12 +197,13 @@ def test_neighbours_change_nothing():
         assert ours.tokens()[0] == theirs.tokens()[2], f"round {index}"
 
 
-def test_nothing_evicted_equals_one_plain_causal_forward():
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_nothing_evicted_equals_one_plain_causal_forward(family):
     """Contiguous positions, a round that is only prompt: its first logits are those of the plain forward."""
     from svlm_jax.model.qwen_vl import forward
 
     watch = tuple(range(0, 1024, 7))
-    engine = small.engine(dataclasses.replace(BASE, vision_window=9, text_window=9), layers=3, depth=2, watch=watch)
+    engine = small.engine(dataclasses.replace(BASE, vision_window=9, text_window=9), layers=3, depth=2, watch=watch, family=family)
     engine.open(0)
     clips = []
     for index in range(4):

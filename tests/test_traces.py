@@ -10,7 +10,7 @@ from contract import replay
 
 from svlm_jax.errors import UserError
 
-TRACES = sorted(path.name for path in (oracle.DATA / "streaming").glob("*.json.gz") if not path.name.startswith("qwen2vl"))
+TRACES = sorted(path.name for path in (oracle.DATA / "streaming").glob("*.json.gz"))
 
 
 @pytest.mark.parametrize("name", TRACES)

@@ -52,9 +52,8 @@ def vision_work(spec: StreamSpec, streams: int, dtype: Any) -> Work:
     products = c.depth * _block_parameters(c) + c.patch_features * e
     merged = e * merge
     merger = merged * merged + merged * c.out_hidden_size
-    full = sum(index < c.depth for index in c.fullatt_block_indexes)
-    window = (c.window_size // c.patch_size) ** 2
-    attention = 4 * e * patches * (full * patches + (c.depth - full) * min(window, patches))
+    window = patches if c.window_size is None else min((c.window_size // c.patch_size) ** 2, patches)
+    attention = 4 * e * patches * sum(patches if c.sees_all(index) else window for index in range(c.depth))
     operations = grids * (2 * patches * products + 2 * patches / merge * merger + attention)
     return Work((products + merger) * jnp.dtype(dtype).itemsize, operations)
 
@@ -93,4 +92,4 @@ def _layer_parameters(t: TextConfig) -> int:
 
 def _block_parameters(c: VisionConfig) -> int:
     """Of the products of one block of the vision tower."""
-    return c.hidden_size * (4 * c.hidden_size + 3 * c.intermediate_size)
+    return c.hidden_size * (4 * c.hidden_size + (c.mlp_inputs + 1) * c.intermediate_size)

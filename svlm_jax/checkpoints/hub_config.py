@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
 from svlm_jax.errors import UserError
 from svlm_jax.tokenizer import Tokenizer
 
-FAMILIES = ("qwen2_5_vl",)  # values of model_type that can be loaded
-VISION_NORM_EPSILON = 1e-6  # transformers fixes it in code (Qwen2_5_VLVisionBlock), so no config.json states it
+VISION_NORM_EPSILON = 1e-6  # transformers fixes it in code (Qwen2_5_VLVisionBlock, Qwen2VLVisionBlock), so no config.json states it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +83,11 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} is not a JSON object: download it again")
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{file} has model_type {family!r}, which is not supported: the families are {', '.join(FAMILIES)}")
+    family = FAMILIES.get(raw.get("model_type"))  # type: ignore[arg-type]
+    if family is None:
+        raise UserError(
+            f"{file} has model_type {raw.get('model_type')!r}, which is not supported: the families are {', '.join(sorted(FAMILIES))}"
+        )
     if raw.get("quantization_config"):
         raise UserError(f"{file} describes quantized weights, which are not supported: take the bfloat16 checkpoint of the same model")
     nested = [part for part in (raw.get("text_config"),) if isinstance(part, dict)]
@@ -94,25 +95,110 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
     if not isinstance(vision, dict):
         raise UserError(f"{file} has no field vision_config: take the config.json that belongs to these weights")
     text = _Fields(file, "text_config." if nested else "", *nested, raw)
-    return ModelConfig(_vision(_Fields(file, "vision_config.", vision)), _text(text), name or folder.resolve().name)
+    return ModelConfig(family.read_vision(_Fields(file, "vision_config.", vision)), _text(text), name or folder.resolve().name)
 
 
-def _vision(fields: _Fields) -> VisionConfig:
+def _shared(fields: _Fields) -> dict[str, Any]:
+    """What every family calls by one name."""
+    return {
+        "depth": fields.need("depth", int),
+        "num_heads": fields.need("num_heads", int),
+        "patch_size": fields.need("patch_size", int),
+        "spatial_merge_size": fields.need("spatial_merge_size", int),
+        "temporal_patch_size": fields.need("temporal_patch_size", int),
+        "in_channels": fields.get("in_channels", fields.get("in_chans", 3)),
+        "rms_norm_eps": VISION_NORM_EPSILON,
+    }
+
+
+def _read_qwen2_5(fields: _Fields) -> VisionConfig:
     fields.must_be("hidden_act", "silu")
     return VisionConfig(
-        depth=fields.need("depth", int),
+        **_shared(fields),
         hidden_size=fields.need("hidden_size", int),
         intermediate_size=fields.need("intermediate_size", int),
-        num_heads=fields.need("num_heads", int),
         out_hidden_size=fields.need("out_hidden_size", int),
         fullatt_block_indexes=fields.integers("fullatt_block_indexes"),
-        patch_size=fields.need("patch_size", int),
-        spatial_merge_size=fields.need("spatial_merge_size", int),
-        temporal_patch_size=fields.need("temporal_patch_size", int),
         window_size=fields.need("window_size", int),
         tokens_per_second=fields.need("tokens_per_second", float, least=0),
-        in_channels=fields.get("in_channels", fields.get("in_chans", 3)),
-        rms_norm_eps=VISION_NORM_EPSILON,
+    )
+
+
+def _write_qwen2_5(v: VisionConfig) -> dict[str, Any]:
+    return {
+        "fullatt_block_indexes": list(v.fullatt_block_indexes),
+        "hidden_act": "silu",
+        "hidden_size": v.hidden_size,
+        "intermediate_size": v.intermediate_size,
+        "out_hidden_size": v.out_hidden_size,
+        "tokens_per_second": int(v.tokens_per_second),
+        "window_size": v.window_size,
+    }
+
+
+def _read_qwen2(fields: _Fields) -> VisionConfig:
+    """The tower's width is `embed_dim` here, and `hidden_size` the decoder's."""
+    fields.must_be("hidden_act", "quick_gelu")
+    width = fields.need("embed_dim", int)
+    return VisionConfig(
+        **_shared(fields),
+        hidden_size=width,
+        intermediate_size=int(width * fields.need("mlp_ratio", float)),
+        out_hidden_size=fields.need("hidden_size", int),
+        window_size=None,
+        tokens_per_second=0,
+        norm="layer",
+        mlp="quick_gelu",
+    )
+
+
+def _write_qwen2(v: VisionConfig) -> dict[str, Any]:
+    ratio = v.intermediate_size / v.hidden_size
+    return {
+        "embed_dim": v.hidden_size,
+        "hidden_act": "quick_gelu",
+        "hidden_size": v.out_hidden_size,
+        "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model_type."""
+
+    title: str
+    architecture: str  # transformers' class
+    features: Mapping[str, Any]  # fields of VisionConfig that every model of the family shares
+    read_vision: Callable[[_Fields], VisionConfig]
+    write_vision: Callable[[VisionConfig], dict[str, Any]]
+
+
+FAMILIES = {  # by model_type; Qwen2-VL first, as its features say more
+    "qwen2_vl": Family(
+        "Qwen2-VL",
+        "Qwen2VLForConditionalGeneration",
+        {"norm": "layer", "mlp": "quick_gelu", "window_size": None, "tokens_per_second": 0},
+        _read_qwen2,
+        _write_qwen2,
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        {"norm": "rms", "mlp": "swiglu"},
+        _read_qwen2_5,
+        _write_qwen2_5,
+    ),
+}
+
+
+def family_of(config: ModelConfig) -> str:
+    """The model_type that has this vision tower. UserError where none has."""
+    for model_type, family in FAMILIES.items():
+        if all(getattr(config.vision, name) == value for name, value in family.features.items()):
+            return model_type
+    raise UserError(
+        f"no family has a vision tower of norm {config.vision.norm!r} and mlp {config.vision.mlp!r} with window_size "
+        f"{config.vision.window_size} and tokens_per_second {config.vision.tokens_per_second}: it cannot be exported"
     )
 
 
@@ -152,7 +238,8 @@ def write_config(config: ModelConfig, tokens: TokenIds | None = None, *, dtype: 
 
     Raises UserError for a config that no config.json can describe.
     """
-    v, t, ids = config.vision, config.text, tokens or TokenIds()
+    v, t, ids, model_type = config.vision, config.text, tokens or TokenIds(), family_of(config)
+    family = FAMILIES[model_type]
     if t.head_dim * t.num_attention_heads != t.hidden_size:  # type: ignore[operator]
         raise UserError(f"head_dim {t.head_dim} cannot be exported: transformers wants hidden_size / num_attention_heads")
     if v.rms_norm_eps != VISION_NORM_EPSILON:
@@ -160,7 +247,7 @@ def write_config(config: ModelConfig, tokens: TokenIds | None = None, *, dtype: 
     if v.tokens_per_second != int(v.tokens_per_second):
         raise UserError(f"vision tokens_per_second {v.tokens_per_second} cannot be exported: transformers wants an integer")
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "architectures": [family.architecture],
         "attention_dropout": 0.0,
         "bos_token_id": ids.end_of_text,
         "eos_token_id": ids.turn_end,
@@ -171,7 +258,7 @@ def write_config(config: ModelConfig, tokens: TokenIds | None = None, *, dtype: 
         "intermediate_size": t.intermediate_size,
         "max_position_embeddings": 128_000,
         "max_window_layers": t.num_hidden_layers,
-        "model_type": FAMILIES[0],
+        "model_type": model_type,
         "num_attention_heads": t.num_attention_heads,
         "num_hidden_layers": t.num_hidden_layers,
         "num_key_value_heads": t.num_key_value_heads,
@@ -185,20 +272,14 @@ def write_config(config: ModelConfig, tokens: TokenIds | None = None, *, dtype: 
         "video_token_id": ids.video_pad,
         "vision_config": {
             "depth": v.depth,
-            "fullatt_block_indexes": list(v.fullatt_block_indexes),
-            "hidden_act": "silu",
-            "hidden_size": v.hidden_size,
             "in_channels": v.in_channels,
             "in_chans": v.in_channels,  # the Hub's word for it
-            "intermediate_size": v.intermediate_size,
             "num_heads": v.num_heads,
-            "out_hidden_size": v.out_hidden_size,
             "patch_size": v.patch_size,
             "spatial_merge_size": v.spatial_merge_size,
             "spatial_patch_size": v.patch_size,
             "temporal_patch_size": v.temporal_patch_size,
-            "tokens_per_second": int(v.tokens_per_second),
-            "window_size": v.window_size,
+            **family.write_vision(v),
         },
         "vision_end_token_id": ids.vision_end,
         "vision_start_token_id": ids.vision_start,

@@ -1,12 +1,12 @@
-"""Reads a Hugging Face checkpoint straight into the parameters' layout and sharding, without PyTorch.
+"""Reads a checkpoint, in Hugging Face's form or Orbax's, straight into the parameters' layout and sharding, without PyTorch.
 
 The host holds one parameter at a time (and the one before it, while that travels to its device), never the model.
 """
 
 import dataclasses
-import math
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from svlm_jax.checkpoints.copying import COPIERS, fill
 from svlm_jax.checkpoints.hub_config import read_config
-from svlm_jax.checkpoints.plan import Path_, Target, leaves, plan, weight_files
+from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
+from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -24,8 +26,6 @@ from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in total
-TILE = 2 << 20  # bytes copied at once: source and transposed target fit in the cache together, 3.5 times faster than all at once
-COPIERS = 8  # threads; NumPy copies without the interpreter's lock
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -43,7 +43,7 @@ class LoadedModel:
 def load(
     path: str | Path, *, dtype: Any = None, stacked: bool = False, shardings: Any = None, progress: Progress | None = None
 ) -> LoadedModel:
-    """The model in a Hugging Face directory, or the one of that name (`org/name`) in the local Hub cache or on the Hub.
+    """The model in a directory of Hugging Face's or Orbax's form, or the one of that name (`org/name`) in the local Hub cache or on the Hub.
 
     The keywords are those of `load_params`. Raises UserError, one line, for whatever is wrong with the checkpoint.
     """
@@ -65,6 +65,8 @@ def find(path: str | Path) -> tuple[Path, str]:
     if folder.is_dir():
         return folder, folder.resolve().name
     name = str(path)
+    if folder.is_file() and folder.suffix in PICKLES:
+        raise UserError(f"{name} is a pickle, which may run any code when it is opened: pass a directory with safetensors")
     if folder.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} is not a directory: pass the one that a Hugging Face model was downloaded to")
     mend = f"download it (`hf download {name} --local-dir DIR`) and pass the directory"
@@ -105,8 +107,10 @@ def load_params(
 
     Raises UserError, before anything is allocated, where files and config do not match in every tensor.
     """
-    targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     places = _places(config, stacked, shardings)
+    if is_orbax(Path(path)):
+        return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
+    targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     params: Params = {}
     total, done, files = sum(target.nbytes for target in targets), 0, Mapped()
     previous: Array | None = None
@@ -137,19 +141,19 @@ def _places(config: ModelConfig, stacked: bool, shardings: Any) -> dict[Path_, A
 def _fill(target: Target, sharding: jax.sharding.Sharding | None, files: Mapped, pool: Executor) -> Array:
     """The parameter on its devices; one shard at a time is assembled on the host."""
     if sharding is None:
-        return jax.device_put(_assemble(target, tuple(slice(0, n) for n in target.shape), files, pool))
+        return jax.device_put(assemble(target, tuple(slice(0, n) for n in target.shape), files, pool))
     shards: dict[tuple, list[Any]] = {}  # devices by the box that they hold: replicas are read once
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         box = tuple(part.indices(n)[:2] for part, n in zip(index or (), target.shape, strict=True))
         shards.setdefault(box, []).append(device)
     arrays = []
     for box, devices in shards.items():
-        block = _assemble(target, tuple(slice(*part) for part in box), files, pool)
+        block = assemble(target, tuple(slice(*part) for part in box), files, pool)
         arrays += [jax.device_put(block, device) for device in devices]
     return jax.make_array_from_single_device_arrays(target.shape, sharding, arrays)
 
 
-def _assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Executor) -> np.ndarray:
+def assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Executor) -> np.ndarray:
     """The part `box` of a parameter, put together from its tensors."""
     out = np.empty([part.stop - part.start for part in box], target.dtype)
     for block in target.blocks:
@@ -167,25 +171,8 @@ def _assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Execu
             place = place.view(source.dtype)  # plain integers, which are copied faster
         else:
             source = source.view(stored)
-        copies = [pool.submit(place.__setitem__, tile, source[tile]) for tile in _tiles(source)]
-        for copy in copies:
-            copy.result()
-        files.release(block.stored)
+        fill(place, source, pool, copied=functools.partial(files.release, block.stored))
     return out
-
-
-def _tiles(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Parts of `array` of at most TILE bytes that cover it, cut along the axes that are farthest apart in memory."""
-    waiting = [tuple(slice(0, n) for n in array.shape)]
-    while waiting:
-        tile = waiting.pop()
-        sizes = [part.stop - part.start for part in tile]
-        if math.prod(sizes) * array.itemsize <= TILE:
-            yield tile
-            continue
-        axis = max((axis for axis in range(array.ndim) if sizes[axis] > 1), key=lambda axis: array.strides[axis])
-        start, middle, stop = tile[axis].start, (tile[axis].start + tile[axis].stop) // 2, tile[axis].stop
-        waiting += [(*tile[:axis], slice(*part), *tile[axis + 1 :]) for part in ((middle, stop), (start, middle))]
 
 
 def _put(params: Any, path: Path_, array: Array) -> None:

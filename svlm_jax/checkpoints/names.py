@@ -42,7 +42,11 @@ class Piece:
 
     def export_block(self, block: np.ndarray) -> np.ndarray:
         """The source tensor, out of the block that it fills."""
-        return np.ascontiguousarray(block.transpose(np.argsort(self.order))).reshape(self.source_shape)
+        return np.ascontiguousarray(self.unordered(block)).reshape(self.source_shape)
+
+    def unordered(self, block: np.ndarray) -> np.ndarray:
+        """A view of the block with the source tensor's axes, taken apart."""
+        return block.transpose(np.argsort(self.order))
 
 
 def _linear(name: str, path, out: tuple[int, ...], inner: tuple[int, ...], *, index: Index = ()) -> Piece:
@@ -56,8 +60,29 @@ def _same(name: str, path, shape: tuple[int, ...], *, source: tuple[int, ...] = 
     return Piece(name, path, shape, tuple(range(len(shape))), index, source)
 
 
+def _norm(name: str, path: tuple[str | int, ...], width: int, *, biased: bool) -> list[Piece]:
+    """A norm's weight and, of a layer norm, its bias."""
+    bias = [_same(name + ".bias", (*path[:-1], f"{path[-1]}_bias"), (width,))] if biased else []
+    return [_same(name + ".weight", path, (width,)), *bias]
+
+
+MLP_NAMES = {"swiglu": (("gate_proj", "up_proj"), "down_proj"), "quick_gelu": (("fc1",), "fc2")}  # of a vision block: in, out
+
+
+def _vision_mlp(hub: str, at: tuple[str | int, ...], c: VisionConfig) -> list[Piece]:
+    e, f, (inputs, output) = c.hidden_size, c.intermediate_size, MLP_NAMES[c.mlp]
+    pieces = []
+    for i, name in enumerate(inputs):
+        row = slice(i, i + 1)
+        pieces += [
+            _linear(f"{hub}{name}.weight", (*at, "gate_up"), (1, f), (e,), index=(ALL, row)),
+            _same(f"{hub}{name}.bias", (*at, "gate_up_bias"), (1, f), source=(f,), index=(row,)),
+        ]
+    return [*pieces, _linear(f"{hub}{output}.weight", (*at, "down"), (e,), (f,)), _same(f"{hub}{output}.bias", (*at, "down_bias"), (e,))]
+
+
 def _vision(c: VisionConfig) -> list[Piece]:
-    e, f, n, h, p = c.hidden_size, c.intermediate_size, c.num_heads, c.head_dim, c.patch_size
+    e, n, h, p, biased = c.hidden_size, c.num_heads, c.head_dim, c.patch_size, c.norm == "layer"
     merged = e * c.spatial_merge_size**2
     root: tuple[str | int, ...] = ("vision",)
     conv = (e, c.in_channels, c.temporal_patch_size, p, p)
@@ -65,22 +90,17 @@ def _vision(c: VisionConfig) -> list[Piece]:
     for i in range(c.depth):
         hub, at = f"visual.blocks.{i}.", (*root, "blocks", i)
         pieces += [
-            _same(hub + "norm1.weight", (*at, "attention_norm"), (e,)),
+            *_norm(hub + "norm1", (*at, "attention_norm"), e, biased=biased),
             _linear(hub + "attn.qkv.weight", (*at, "qkv"), (3, n, h), (e,)),
             _same(hub + "attn.qkv.bias", (*at, "qkv_bias"), (3, n, h), source=(3 * e,)),
             _linear(hub + "attn.proj.weight", (*at, "out"), (e,), (n, h)),
             _same(hub + "attn.proj.bias", (*at, "out_bias"), (e,)),
-            _same(hub + "norm2.weight", (*at, "mlp_norm"), (e,)),
-            _linear(hub + "mlp.gate_proj.weight", (*at, "gate_up"), (1, f), (e,), index=(ALL, slice(0, 1))),
-            _same(hub + "mlp.gate_proj.bias", (*at, "gate_up_bias"), (1, f), source=(f,), index=(slice(0, 1),)),
-            _linear(hub + "mlp.up_proj.weight", (*at, "gate_up"), (1, f), (e,), index=(ALL, slice(1, 2))),
-            _same(hub + "mlp.up_proj.bias", (*at, "gate_up_bias"), (1, f), source=(f,), index=(slice(1, 2),)),
-            _linear(hub + "mlp.down_proj.weight", (*at, "down"), (e,), (f,)),
-            _same(hub + "mlp.down_proj.bias", (*at, "down_bias"), (e,)),
+            *_norm(hub + "norm2", (*at, "mlp_norm"), e, biased=biased),
+            *_vision_mlp(hub + "mlp.", at, c),
         ]
     return [
         *pieces,
-        _same("visual.merger.ln_q.weight", (*root, "merger_norm"), (e,)),
+        *_norm("visual.merger.ln_q", (*root, "merger_norm"), e, biased=biased),
         _linear("visual.merger.mlp.0.weight", (*root, "merger_in"), (merged,), (merged,)),
         _same("visual.merger.mlp.0.bias", (*root, "merger_in_bias"), (merged,)),
         _linear("visual.merger.mlp.2.weight", (*root, "merger_out"), (c.out_hidden_size,), (merged,)),
@@ -123,7 +143,7 @@ def _text(c: TextConfig, stacked: bool) -> list[Piece]:
 
 
 def name_table(config: ModelConfig, *, stacked: bool = False) -> list[Piece]:
-    """Every tensor of a Qwen2.5-VL checkpoint, once, with its place."""
+    """Every tensor of a checkpoint of that model, once, with its place."""
     return _vision(config.vision) + _text(config.text, stacked)
 
 

@@ -19,6 +19,12 @@ from svlm_jax.types import Params
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+MARKS = {  # tensors by which a family is known
+    "visual.blocks.0.mlp.gate_proj.weight": "Qwen2.5-VL",
+    "visual.blocks.0.mlp.fc1.weight": "Qwen2-VL",
+    "visual.blocks.0.mlp.linear_fc1.weight": "Qwen3-VL",
+}
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 COMPARED_AT_ONCE = 16 << 20  # numbers
 Path_ = tuple[str | int, ...]  # of a parameter, as keys of the nested dict
 
@@ -59,7 +65,7 @@ def plan(folder: Path, config: ModelConfig, *, dtype: Any = None, stacked: bool 
 
     Raises UserError naming the first tensor or file that is missing, unexpected, of the wrong shape, or no float.
     """
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     pieces = name_table(config, stacked=stacked)
     if config.text.tie_word_embeddings and HEAD in tensors:
         _check_tied(tensors.pop(HEAD), tensors.get(EMBEDDING))
@@ -109,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds an adapter, not a model: merge it into its base model first (merge_and_unload in peft)")
     if any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}: download the index as well")
-    if any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
+    if any(file.suffix in PICKLES for file in folder.iterdir()):
         raise UserError(f"{folder} holds pickled PyTorch weights only, which are not read: save them as safetensors (save_pretrained does)")
     raise UserError(f"no weights in {folder}: it needs {SINGLE}, or {INDEX} and the files it names")
 
@@ -124,7 +130,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index} cannot be read ({type(error).__name__}: {error}): download it again") from error
 
 
-def _tensors(folder: Path) -> dict[str, Stored]:
+def tensors_of(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its canonical name."""
     files = weight_files(folder)
     headers = {file.name: read_header(file) for file in files}
@@ -142,19 +148,25 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _check_names(wanted: set[str], tensors: dict[str, Stored], folder: Path) -> None:
+    for mark, family in MARKS.items():
+        if mark in tensors and mark not in wanted:
+            raise UserError(
+                f"{folder} holds weights of {family} (there is {tensors[mark].name}), which its config.json does not describe: "
+                "use the config.json that belongs to these weights"
+            )
     missing = wanted - tensors.keys()
     if missing:
-        raise UserError(f"{folder} lacks {_some(missing)}, which config.json calls for: download it again, or use its own config.json")
+        raise UserError(f"{folder} lacks {some(missing)}, which config.json calls for: download it again, or use its own config.json")
     extra = tensors.keys() - wanted
     if extra:
         file = tensors[min(extra)].file
         raise UserError(
-            f"{folder} holds {_some(tensors[name].name for name in extra)} (in {file.name}), which no model of this config.json has: "
+            f"{folder} holds {some(tensors[name].name for name in extra)} (in {file.name}), which no model of this config.json has: "
             "use the config.json that belongs to these weights"
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """One name, and how many more there are."""
     first, *rest = sorted(names)
     return f"{first} and {len(rest)} more" if rest else first

@@ -12,8 +12,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -125,8 +127,8 @@ class Outgoing:
         return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
 
-def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]) -> None:
-    """Writes `tensors`, whose `values` are asked for one at a time and in the same order."""
+def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray], *, written: Callable[[int], None] | None = None) -> None:
+    """Writes `tensors`, whose `values` are asked for one at a time and in the same order; `written` is told the bytes of each part."""
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
     for tensor in tensors:
@@ -134,12 +136,28 @@ def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
-    with open(file, "wb") as target:
+    with open(file, "wb") as target, ThreadPoolExecutor(1) as writer:
         target.write(len(text).to_bytes(8, "little") + text)
+        writing: Future[None] | None = None
         for tensor, value in zip(tensors, values, strict=True):
             assert value.shape == tensor.shape and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
-            raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            for start in range(0, raw.size, WRITTEN_AT_ONCE):
-                target.write(raw[start : start + WRITTEN_AT_ONCE].data)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(_write, target, np.ascontiguousarray(value).reshape(-1).view(np.uint8), written)
+            del value
+        if writing is not None:
+            writing.result()
         target.flush()
         os.fsync(target.fileno())
+
+
+def _write(target: BinaryIO, raw: np.ndarray, written: Callable[[int], None] | None) -> None:
+    """In a thread of its own, so that the next tensor is made while this one goes to the disk."""
+    for start in range(0, raw.size, WRITTEN_AT_ONCE):
+        part = raw[start : start + WRITTEN_AT_ONCE]
+        target.write(part.data)
+        if part.size == WRITTEN_AT_ONCE:  # keeps the disk busy all along, rather than at the end of the file
+            target.flush()
+            os.fsync(target.fileno())
+        if written is not None:
+            written(part.size)

@@ -2,29 +2,33 @@
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from svlm_jax.checkpoints.copying import COPIERS, contiguous
 from svlm_jax.checkpoints.hub_config import TokenIds, write_config
-from svlm_jax.checkpoints.names import Piece, name_table
-from svlm_jax.checkpoints.plan import INDEX, SINGLE, leaves
+from svlm_jax.checkpoints.names import Index, Piece, name_table
+from svlm_jax.checkpoints.plan import INDEX, SINGLE, Path_, leaves
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, write_file
+from svlm_jax.checkpoints.staging import refuse_existing, staged
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Params
 
+Progress = Callable[[int, int], None]  # bytes done, bytes in total
 COMPANIONS = (  # beside the weights: tokenizer, prompt template, image processor, sampling defaults, terms
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
-    *("generation_config.json", "LICENSE"),
+    *("generation_config.json", "README.md", "LICENSE", "NOTICE"),
 )
 
 
@@ -48,28 +52,23 @@ def save_params(
     Raises UserError where `path` exists, or cannot be written, or parameters and config do not match.
     """
     folder = Path(path)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another directory, or remove it first")
+    refuse_existing(folder)
     dtype = _check(params, config)
     source = None if tokenizer_files_from is None else Path(tokenizer_files_from)
     described = write_config(config, TokenIds.of(Tokenizer.load(source)) if source else None, dtype=dtype.name)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = folder.parent / f".{folder.name}.{os.getpid()}.part"
-        staging.mkdir()
-        try:
-            _write_weights(params, config, staging, dtype, shard_bytes)
-            _write_json(staging / "config.json", described)
-            for name in COMPANIONS:
-                if source is not None and (source / name).is_file():
-                    shutil.copyfile(source / name, staging / name)
-            os.rename(staging, folder)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): check the disk's space and permissions") from error
+    with staged(folder) as staging:
+        write_weights(dict(leaves(params)).__getitem__, config, staging, dtype, shard_bytes=shard_bytes, stacked=is_stacked(params))
+        if source is not None:
+            copy_companions(source, staging)
+        write_json(staging / "config.json", described)
     return folder
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what lies beside the weights: tokenizer, template, processor, sampling defaults, terms."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _check(params: Params, config: ModelConfig) -> np.dtype:
@@ -88,9 +87,25 @@ def _check(params: Params, config: ModelConfig) -> np.dtype:
     return dtypes.pop()
 
 
-def _write_weights(params: Params, config: ModelConfig, folder: Path, dtype: np.dtype, shard_bytes: float) -> None:
+def write_weights(
+    parameter: Callable[[Path_], Any],
+    config: ModelConfig,
+    folder: Path,
+    dtype: np.dtype,
+    *,
+    shard_bytes: float,
+    stacked: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Writes safetensors files, and their index where there are several.
+
+    Args:
+      parameter: gives each parameter. They are asked for in the order of the name table, those of a layer together.
+      dtype: what they are.
+      progress: called with (bytes done, bytes in total) after every tensor.
+    """
     word = next(word for word, floats in FLOATS.items() if floats == dtype)
-    pieces = name_table(config, stacked=is_stacked(params))
+    pieces = name_table(config, stacked=stacked)
     sizes = [math.prod(piece.source_shape) * dtype.itemsize for piece in pieces]
     shards: list[list[Piece]] = [[]]
     held = 0
@@ -101,24 +116,37 @@ def _write_weights(params: Params, config: ModelConfig, folder: Path, dtype: np.
         shards[-1].append(piece)
         held += size
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    parameters = dict(leaves(params))
+    done, total = 0, sum(sizes)
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, [Outgoing(p.name, word, p.source_shape) for p in shard], _values(shard, parameters))
+        write_file(folder / name, [Outgoing(p.name, word, p.source_shape) for p in shard], _values(shard, parameter), written=tell)
     if len(shards) > 1:
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _values(pieces: list[Piece], parameters: dict[tuple, Any]) -> Iterator[np.ndarray]:
+def _values(pieces: list[Piece], parameter: Callable[[Path_], Any]) -> Iterator[np.ndarray]:
     """The tensors, one after the other."""
-    for piece in pieces:
-        leaf, index = parameters[piece.path], piece.index
-        if index and isinstance(index[0], int):  # one layer of a stacked parameter; on its own, it is compiled once for all layers
-            leaf, index = leaf[index[0]], index[1:]
-        # A copy, because an array that is read keeps what was read on the host for as long as it lives.
-        block = leaf[index] if index else jnp.array(leaf, copy=True)
-        yield piece.export_block(np.asarray(block))
+    with ThreadPoolExecutor(COPIERS) as pool:
+        for piece in pieces:
+            yield contiguous(piece.unordered(_block(parameter(piece.path), piece.index)), pool).reshape(piece.source_shape)
 
 
-def _write_json(file: Path, content: dict) -> None:
+def _block(leaf: Any, index: Index) -> np.ndarray:
+    """What a piece fills of a parameter, on the host."""
+    if index and isinstance(index[0], int):  # one layer of a stacked parameter; on its own, it is compiled once for all layers
+        leaf, index = leaf[index[0]], index[1:]
+    if not index and isinstance(leaf, jax.Array):  # an array that is read keeps what was read on the host for as long as it lives
+        leaf = jnp.array(leaf, copy=True)
+    return np.asarray(leaf[index] if index else leaf)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Sorted and indented, as transformers writes it."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -53,6 +53,14 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], epsilon: float
     return (wide * scale).astype(x.dtype) * weight
 
 
+def layer_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], bias: Float[Array, "D"], epsilon: float) -> Float[Array, "... D"]:
+    """(x - mean) / deviation * weight + bias; the statistics in float32 (arXiv 1607.06450)."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale).astype(x.dtype) * weight + bias
+
+
 def once(body: Callable[..., Any], *static: str) -> Callable[..., Any]:
     """`body(module, *arrays, **static)` as a function that is traced and lowered once for all layers of one shape.
 

@@ -1,8 +1,8 @@
-"""The vision tower of Qwen2.5-VL: frames to one token for each 2x2 block of patches.
+"""The vision towers of Qwen2.5-VL and Qwen2-VL: frames to one token for each 2x2 block of patches.
 
 One grid (a pair of frames) is a row of the batch, and every shape is fixed by the frame's size. The patches of a grid
 are kept in window order throughout, windows padded to one size at the right and bottom edges: window attention is a
-reshape, and full attention masks the padding.
+reshape, and full attention masks the padding. A tower without windows has one window, the grid.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from svlm_jax.config import VisionConfig
-from svlm_jax.model.layers import Declare, fan_in, once, ones, rms_norm, zeros
+from svlm_jax.model.layers import Declare, fan_in, layer_norm, once, ones, rms_norm, zeros
 from svlm_jax.model.rope import Rotation, rotate, vision_rotation
 from svlm_jax.types import Array, Bool, Float, UInt8
 
@@ -39,12 +39,13 @@ class WindowOrder:
 @functools.lru_cache(maxsize=64)
 def window_order(config: VisionConfig, height: int, width: int) -> WindowOrder:
     """The window order of a frame of height x width pixels (multiples of 28)."""
-    merge, side = config.spatial_merge_size, config.window_size // config.merged_patch_size
-    rows, columns = height // config.merged_patch_size, width // config.merged_patch_size
-    down, across = -(-rows // side), -(-columns // side)
-    token = np.full((down * side, across * side), -1, np.int64)
+    merge, side = config.spatial_merge_size, config.merged_patch_size
+    rows, columns = height // side, width // side
+    tall, wide = (rows, columns) if config.window_size is None else (config.window_size // side,) * 2
+    down, across = -(-rows // tall), -(-columns // wide)
+    token = np.full((down * tall, across * wide), -1, np.int64)
     token[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
-    token = token.reshape(down, side, across, side).transpose(0, 2, 1, 3).reshape(down * across, side * side)
+    token = token.reshape(down, tall, across, wide).transpose(0, 2, 1, 3).reshape(down * across, tall * wide)
     patches = token[..., None] * merge**2 + np.arange(merge**2)  # processor order: a token's patches are neighbours
     valid = np.repeat(token >= 0, merge**2, axis=1)
     source = np.where(valid, patches.reshape(valid.shape), 0).reshape(-1)
@@ -72,20 +73,33 @@ def patchify(config: VisionConfig, frames: UInt8[Array, "B F 3 height width"]) -
     return x.reshape(batch * (count // depth), h * w * merge**2, config.patch_features)
 
 
+def normalise(x: Float[Array, "... E"], weight: nnx.Param, bias: nnx.Param | None, epsilon: float) -> Float[Array, "... E"]:
+    """RMS norm, or layer norm where there is a bias."""
+    return rms_norm(x, weight[...], epsilon) if bias is None else layer_norm(x, weight[...], bias[...], epsilon)
+
+
+def activate(x: Float[Array, "... inputs F"]) -> Float[Array, "... F"]:
+    """What is between the MLP's products: SwiGLU of gate and up, or the quick GELU of one input (x * sigmoid(1.702 x))."""
+    return jax.nn.silu(x[..., 0, :]) * x[..., 1, :] if x.shape[-2] == 2 else x[..., 0, :] * jax.nn.sigmoid(1.702 * x[..., 0, :])
+
+
 class VisionBlock(nnx.Module):
-    """Attention over windows or over the whole grid, then SwiGLU."""
+    """Attention over windows or over the whole grid, then the MLP."""
 
     def __init__(self, config: VisionConfig, declare: Declare):
         c, e, f, n, h = config, config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
+        layered = c.norm == "layer"
         self.config = c
         self.attention_norm = declare((e,), ("norm",), ones)
+        self.attention_norm_bias = declare((e,), ("norm",), zeros) if layered else None
         self.qkv = declare((e, 3, n, h), ("embed", None, "heads", "head_dim"), fan_in(-4))
         self.qkv_bias = declare((3, n, h), (None, "heads", "head_dim"), zeros)
         self.out = declare((n, h, e), ("heads", "head_dim", "embed"), fan_in(-3, -2))
         self.out_bias = declare((e,), ("norm",), zeros)
         self.mlp_norm = declare((e,), ("norm",), ones)
-        self.gate_up = declare((e, 2, f), ("embed", None, "mlp"), fan_in(-3))
-        self.gate_up_bias = declare((2, f), (None, "mlp"), zeros)
+        self.mlp_norm_bias = declare((e,), ("norm",), zeros) if layered else None
+        self.gate_up = declare((e, c.mlp_inputs, f), ("embed", None, "mlp"), fan_in(-3))  # of one input: up alone
+        self.gate_up_bias = declare((c.mlp_inputs, f), (None, "mlp"), zeros)
         self.down = declare((f, e), ("mlp", "embed"), fan_in(-2))
         self.down_bias = declare((e,), ("norm",), zeros)
 
@@ -95,7 +109,7 @@ class VisionBlock(nnx.Module):
         """x in window order: W windows of p patches, those of `valid` real (None: all); `full` attends across windows."""
         epsilon = self.config.rms_norm_eps
         with jax.named_scope("full_attention" if full else "window_attention"):
-            y = rms_norm(x, self.attention_norm[...], epsilon)
+            y = normalise(x, self.attention_norm, self.attention_norm_bias, epsilon)
             q, k, v = jnp.moveaxis(jnp.einsum("bwpe,ecnh->bwpcnh", y, self.qkv[...]) + self.qkv_bias[...], 3, 0)
             q, k = rotate(q, rotation), rotate(k, rotation)
             shape = q.shape
@@ -109,10 +123,9 @@ class VisionBlock(nnx.Module):
             heads = jnp.einsum("bwnps,bwsnh->bwpnh", weights, v).reshape(*x.shape[:-1], -1)
             x = x + jnp.einsum("bwpn,ne->bwpe", heads, self.out[...].reshape(heads.shape[-1], -1)) + self.out_bias[...]
         with jax.named_scope("mlp"):
-            y = rms_norm(x, self.mlp_norm[...], epsilon)
+            y = normalise(x, self.mlp_norm, self.mlp_norm_bias, epsilon)
             gate_up = jnp.einsum("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
-            y = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-            return x + jnp.einsum("bwpf,fe->bwpe", y, self.down[...]) + self.down_bias[...]
+            return x + jnp.einsum("bwpf,fe->bwpe", activate(gate_up), self.down[...]) + self.down_bias[...]
 
 
 _block = once(VisionBlock.__call__, "full")
@@ -128,6 +141,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = declare((c.patch_features, e), ("patch", "embed"), fan_in(-2))
         self.blocks: Any = nnx.List([VisionBlock(c, declare) for _ in range(c.depth)])
         self.merger_norm = declare((e,), ("norm",), ones)
+        self.merger_norm_bias = declare((e,), ("norm",), zeros) if c.norm == "layer" else None
         self.merger_in = declare((merged, merged), ("embed", "mlp"), fan_in(-2))
         self.merger_in_bias = declare((merged,), ("mlp",), zeros)
         self.merger_out = declare((merged, c.out_hidden_size), ("mlp", "embed"), fan_in(-2))
@@ -144,9 +158,9 @@ class VisionTower(nnx.Module):
         rotation = Rotation(*(a.reshape(*x.shape[1:3], 1, -1) for a in order.rotation))
         valid = None if order.valid.all() else jnp.asarray(order.valid)
         for index, block in enumerate(self.blocks):
-            x = _block(block, x, rotation, valid, full=index in c.fullatt_block_indexes)
+            x = _block(block, x, rotation, valid, full=c.sees_all(index))
         with jax.named_scope("merger"):
-            x = rms_norm(x, self.merger_norm[...], c.rms_norm_eps)
+            x = normalise(x, self.merger_norm, self.merger_norm_bias, c.rms_norm_eps)
             x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order.restore]
             x = jnp.einsum("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
             x = jax.nn.gelu(x, approximate=False)

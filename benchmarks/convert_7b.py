@@ -1,0 +1,146 @@
+"""A checkpoint of 7B size to Orbax and back: is every bit the same, how much memory does it take, how fast is it beside `cp`?
+
+    python benchmarks/convert_7b.py --scratch DIR [--model 7b] [--json FILE]
+
+Writes random bfloat16 weights of the named size into DIR in files of 5 GB (as `svlm convert` has them), copies them with `cp`, and
+converts them with `svlm convert` in processes whose peak memory is read from the kernel. About three times the model's size is
+needed on DIR's disk; what was written is removed again.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from svlm_jax.checkpoints.hub_config import write_config
+from svlm_jax.checkpoints.names import name_table
+from svlm_jax.checkpoints.plan import leaves, tensors_of
+from svlm_jax.checkpoints.safetensors_file import Mapped
+from svlm_jax.checkpoints.save import write_json, write_weights
+from svlm_jax.config import ModelConfig
+from svlm_jax.configs.models import MODELS
+from svlm_jax.model.qwen_vl import abstract_params
+
+GB = 1e9
+SHARD_BYTES = 5e9
+# In a process of its own, whose peak is the conversion's; the interpreter's is taken after JAX and Orbax have been imported and started
+MEASURED = """
+import json, resource, sys, time
+import jax
+from svlm_jax.checkpoints import orbax_form
+from svlm_jax.checkpoints.convert import convert
+orbax_form.library()
+jax.block_until_ready(jax.numpy.zeros(8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+began = time.perf_counter()
+done = convert(sys.argv[1], sys.argv[2])
+seconds = time.perf_counter() - began
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "interpreter_bytes": before, "peak_bytes": peak, "bytes": done.nbytes}))
+"""
+
+
+def write_random(folder: Path, config: ModelConfig) -> int:
+    """A checkpoint of random weights; gives its bytes. No number is infinite or NaN."""
+    import ml_dtypes
+
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract_params(config))}
+    rng = np.random.Generator(np.random.SFC64(0))
+    held: dict = {}
+
+    def draw(path):
+        if path not in held:
+            held.clear()
+            size = math.prod(shapes[path])
+            bits = rng.integers(0, 1 << 64, -(-size // 4), dtype=np.uint64).view(np.uint16)[:size]
+            bits &= np.uint16(0xBFFF)  # exponents below 2: finite, and every mantissa
+            held[path] = bits.view(ml_dtypes.bfloat16).reshape(shapes[path])
+        return held[path]
+
+    folder.mkdir(parents=True)
+    write_weights(draw, config, folder, np.dtype(ml_dtypes.bfloat16), shard_bytes=SHARD_BYTES)
+    write_json(folder / "config.json", write_config(config))
+    return sum(math.prod(piece.source_shape) for piece in name_table(config)) * 2
+
+
+def timed(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - began
+
+
+def converted(source: Path, target: Path) -> dict:
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(source), str(target)], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A hash of every tensor's dtype, shape and bytes, by name."""
+    files, found = Mapped(), {}
+    for name, stored in tensors_of(folder).items():
+        found[name] = f"{stored.dtype} {stored.shape} " + hashlib.blake2b(memoryview(files.tensor(stored).reshape(-1).view(np.uint8))).hexdigest()
+        files.release(stored)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scratch", type=Path, required=True, help="a folder on the disk to measure, which is made")
+    parser.add_argument("--model", choices=[*MODELS], default="7b")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    scratch, config = arguments.scratch, MODELS[arguments.model]()
+    scratch.mkdir(parents=True)
+    try:
+        size = write_random(scratch / "hf", config)
+        files = sorted(file.stat().st_size for file in (scratch / "hf").glob("*.safetensors"))
+        print(f"{arguments.model}: {size / GB:.1f} GB in {len(files)} files, the largest {files[-1] / GB:.2f} GB", flush=True)
+        os.sync()
+        there = converted(scratch / "hf", scratch / "orbax")
+        print(f"to Orbax: {there}", flush=True)
+        copy = timed(["cp", "-r", str(scratch / "hf"), str(scratch / "copy")])
+        print(f"cp: {copy:.1f} s", flush=True)
+        shutil.rmtree(scratch / "copy")
+        os.sync()
+        back = converted(scratch / "orbax", scratch / "back")
+        print(f"and back: {back}", flush=True)
+        shutil.rmtree(scratch / "orbax")
+        before, after = digests(scratch / "hf"), digests(scratch / "back")
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+            "model": config.name,
+            "bytes": size,
+            "files": len(files),
+            "tensors": len(before),
+            "bit_identical": before == after,
+            "cp_mb_per_s": round(size / copy / 1e6),
+            "to_orbax_mb_per_s": round(size / there["seconds"] / 1e6),
+            "to_hf_mb_per_s": round(size / back["seconds"] / 1e6),
+            "to_orbax_of_cp": round(copy / there["seconds"], 2),
+            "to_hf_of_cp": round(copy / back["seconds"], 2),
+            "to_orbax_gb_above_interpreter": round((there["peak_bytes"] - there["interpreter_bytes"]) / GB, 2),
+            "to_hf_gb_above_interpreter": round((back["peak_bytes"] - back["interpreter_bytes"]) / GB, 2),
+        }
+    finally:
+        shutil.rmtree(scratch)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    return 0 if report["bit_identical"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

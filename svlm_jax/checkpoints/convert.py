@@ -1,0 +1,99 @@
+"""From one form of a checkpoint to the other, or to another dtype, in memory that does not grow with the model."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from svlm_jax.checkpoints.hub_config import read_config
+from svlm_jax.checkpoints.load import find
+from svlm_jax.checkpoints.orbax_form import is_orbax, library, write_orbax
+from svlm_jax.checkpoints.plan import Path_
+from svlm_jax.checkpoints.safetensors_file import FLOATS
+from svlm_jax.checkpoints.save import Progress, copy_companions, write_json, write_weights
+from svlm_jax.checkpoints.source import Parameters, open_source
+from svlm_jax.checkpoints.staging import refuse_existing, staged
+from svlm_jax.errors import UserError
+
+Form = Literal["hf", "orbax"]
+TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    path: Path
+    form: Form
+    dtype: np.dtype
+    parameters: int  # numbers
+    nbytes: int  # of all parameters
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    form: Form | None = None,
+    dtype: Any = None,
+    shard_bytes: float = 5e9,
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes the checkpoint `source` as directory `target`, which is whole or not there.
+
+    Args:
+      source: a directory of either form, or a name on the Hub.
+      form: of the target; None is the form that the source does not have.
+      dtype: of the target; None keeps every bit.
+      shard_bytes: a safetensors file's size at most.
+      progress: called with (bytes done, bytes in total).
+
+    Raises UserError for whatever is wrong with the source, or where the target exists or cannot be written.
+    """
+    target = Path(target).expanduser()
+    refuse_existing(target)
+    folder, _ = find(source)
+    config = read_config(folder)
+    form = form or ("hf" if is_orbax(folder) else "orbax")
+    if form == "orbax":
+        library()  # an error now, rather than after the first gigabyte
+    opened = open_source(folder, config, dtype=dtype)
+    if opened.dtype not in FLOATS.values():
+        raise UserError(f"{opened.dtype.name} cannot be written: choose {', '.join(kind.name for kind in FLOATS.values())}")
+    count = sum(math.prod(shape) for shape in opened.shapes.values())
+    total = count * opened.dtype.itemsize
+    parameters = Parameters(opened, config)
+    with staged(target, need=total) as staging:
+        if form == "orbax":
+            write_orbax(staging, _counted(parameters, total, progress))
+        else:
+            write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
+        copy_companions(folder, staging)
+        write_json(staging / "config.json", _described(folder, opened.dtype))
+    return Converted(target, form, opened.dtype, count, total)
+
+
+def _counted(parameters: Parameters, total: int, progress: Progress | None) -> Iterator[dict[Path_, np.ndarray]]:
+    done = 0
+    for group in parameters.groups():
+        size = sum(array.nbytes for array in group.values())
+        yield group
+        group.clear()
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+
+def _described(folder: Path, dtype: np.dtype) -> dict[str, Any]:
+    """The source's config.json, with the dtype that the weights now have."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = [content, *(content[key] for key in ("text_config", "vision_config") if isinstance(content.get(key), dict))]
+    for part in parts:
+        part.update({key: dtype.name for key in ("torch_dtype", "dtype") if part.get(key) is not None})
+    if not any(key in content for key in ("torch_dtype", "dtype")):
+        content["torch_dtype"] = dtype.name
+    return content

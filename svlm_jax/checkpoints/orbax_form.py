@@ -1,0 +1,234 @@
+"""A checkpoint in Orbax's format: the parameter tree as it is in memory, one array for each parameter.
+
+    config.json, tokenizer.json, ...    as in the Hugging Face form
+    params/                             an Orbax checkpoint of the nested dict of parameters, layers apart and not stacked
+
+Arrays are cut into chunks, so that a device reads little more than its shard.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from svlm_jax.checkpoints.layouts import to_stacked
+from svlm_jax.checkpoints.plan import Path_, leaves, some
+from svlm_jax.config import ModelConfig
+from svlm_jax.errors import UserError
+from svlm_jax.model.qwen_vl import abstract_params, is_stacked
+from svlm_jax.types import Params
+
+PARAMS = "params"
+CHUNK_BYTES = 32 << 20
+MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint in this form."""
+    return (folder / PARAMS / MARK).is_file()
+
+
+def library() -> Any:
+    """Orbax, which takes seconds to import and which captioning does without."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own imports' deprecations
+            from orbax.checkpoint import v1
+
+        return v1
+    except ImportError as error:
+        raise UserError("checkpoints in Orbax's format need the package orbax-checkpoint: pip install orbax-checkpoint") from error
+
+
+class OrbaxSource:
+    """A checkpoint in Orbax's format, its shapes checked against the config, to be read in groups of parameters."""
+
+    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
+        """Raises UserError naming the first parameter that is missing, unexpected or of another shape."""
+        self.folder = folder
+        stored = {_words(path): leaf for path, leaf in leaves(_metadata(folder))}
+        abstract = {path: leaf.shape for path, leaf in leaves(abstract_params(config))}
+        names = {_words(path): path for path in abstract}
+        dotted = {".".join(words) for words in names.keys() - stored.keys()}
+        if dotted:
+            raise UserError(f"{folder} lacks parameter {some(dotted)}, which config.json calls for: convert it again, or use its own config.json")
+        dotted = {".".join(words) for words in stored.keys() - names.keys()}
+        if dotted:
+            raise UserError(f"{folder} holds parameter {some(dotted)}, which no model of this config.json has: use its own config.json")
+        self.dtypes: dict[Path_, np.dtype] = {}
+        for words, path in names.items():
+            found = tuple(stored[words].shape)
+            if found != abstract[path]:
+                raise UserError(
+                    f"parameter {'.'.join(words)} in {folder} has shape {list(found)}, but config.json describes {list(abstract[path])}: "
+                    "use its own config.json"
+                )
+            self.dtypes[path] = np.dtype(stored[words].dtype)
+        self.shapes = abstract
+        self.dtype = np.dtype(dtype) if dtype is not None else self._one_dtype()
+
+    def _one_dtype(self) -> np.dtype:
+        kinds = sorted({dtype.name for dtype in self.dtypes.values()})
+        if len(kinds) > 1:
+            raise UserError(f"{self.folder} holds parameters of {', '.join(kinds)}: say which dtype to load")
+        return next(iter(self.dtypes.values()))
+
+    def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
+        """These parameters, whole, as `dtype`."""
+        # Orbax makes an array of what it is shown: a view of one number takes no memory
+        wanted = [(path, np.broadcast_to(np.zeros((), self.dtypes[path]), self.shapes[path])) for path in paths]
+        found = dict(leaves(_read(self.folder, _tree(wanted))))
+        with np.errstate(all="ignore"):  # what no longer fits into a narrower dtype becomes infinite
+            return {path: found.pop(_words(path)).astype(self.dtype, copy=False) for path in paths}
+
+
+def leaf_details(folder: Path) -> list[tuple[np.dtype, int, int]]:
+    """(dtype, chunks, numbers) of every array."""
+    details = []
+    for _, leaf in leaves(_metadata(folder)):
+        storage = leaf.storage_metadata
+        chunk = storage.chunk_shape if storage is not None and storage.chunk_shape is not None else leaf.shape
+        chunks = math.prod(-(-n // c) for n, c in zip(leaf.shape, chunk, strict=True))
+        details.append((np.dtype(leaf.dtype), chunks, math.prod(leaf.shape)))
+    return details
+
+
+def load_orbax(folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], progress: Any = None) -> Params:
+    """The parameters of `folder` on their devices; each device's chunks alone are read.
+
+    Args:
+      places: the sharding of every parameter, in the layout that is asked for; None is the default device.
+    """
+    source = OrbaxSource(folder, config, dtype=dtype)
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params: Params = {}
+    total, done = sum(math.prod(shape) * source.dtypes[path].itemsize for path, shape in source.shapes.items()), 0
+    for group in grouped(source.shapes, source.dtype.itemsize):
+        wanted = [(path, jax.ShapeDtypeStruct(source.shapes[path], source.dtype, sharding=_place(path, places, stacked) or default)) for path in group]
+        found = dict(leaves(_read(folder, _tree(wanted))))
+        for path in group:
+            _put(params, path, found.pop(_words(path)))
+            done += math.prod(source.shapes[path]) * source.dtypes[path].itemsize
+        if progress is not None:
+            progress(done, total)
+    jax.block_until_ready(params)
+    assert not is_stacked(params)
+    return to_stacked(params) if stacked else params
+
+
+def _place(path: Path_, places: Mapping[Path_, Any], stacked: bool) -> Any:
+    """The sharding of a parameter by itself, where the layout may be that of stacked layers."""
+    if not (stacked and path[:2] == ("text", "layers")):
+        return places[path]
+    sharding = places[("text", "layers", path[-1])]
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+    return sharding
+
+
+def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int = 512 << 20) -> list[list[Path_]]:
+    """The parameters in groups of at most `limit` bytes, in order; layers and blocks stay whole, and larger parameters are alone."""
+    units: dict[Path_, list[Path_]] = {}
+    for path in shapes:
+        units.setdefault(path[:3] if path[1] in ("layers", "blocks") else path, []).append(path)
+    groups: list[list[Path_]] = [[]]
+    held = 0
+    for unit in units.values():
+        size = itemsize * sum(math.prod(shapes[path]) for path in unit)
+        if groups[-1] and held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1] += unit
+        held += size
+    return groups
+
+
+def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None:
+    """Writes the parameters, asked for group by group, as `folder`/params. OSError where the disk cannot take them."""
+    ocp = library()
+    target = (folder / PARAMS).absolute()
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights hardly shrink, and what is not packed is read in place
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    saving: Any = None
+    with _quiet(), context:
+        try:
+            for group in groups:  # the next one is read while this one goes to the disk
+                if saving is not None:
+                    saving.result()
+                saving = ocp.partial.save_async(target, _tree(group.items()))
+            if saving is not None:
+                saving.result()
+            ocp.partial.finalize(target)
+        except UserError:
+            raise
+        except Exception as error:  # tensorstore raises ValueError for whatever the system says
+            raise OSError(None, _reason(error)) from error
+
+
+def _metadata(folder: Path) -> Any:
+    ocp = library()
+    try:
+        with _quiet():
+            tree = ocp.metadata((folder / PARAMS).absolute()).metadata
+        if not isinstance(tree, dict):
+            raise ValueError("its metadata names no parameters")
+        return tree
+    except Exception as error:
+        raise UserError(f"{folder / PARAMS} cannot be read ({_reason(error)}): convert or copy it again") from error
+
+
+def _read(folder: Path, tree: Params) -> Params:
+    ocp = library()
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with _quiet(), context:
+            return ocp.load((folder / PARAMS).absolute(), tree)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and "No such" not in str(error):
+            raise
+        raise UserError(f"{folder / PARAMS} cannot be read ({_reason(error)}): convert or copy it again") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    for known in ("No space left on device", "Permission denied", "Disk quota exceeded"):
+        if known in text:
+            return known
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings about its own parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _words(path: Path_) -> tuple[str, ...]:
+    """Keys as Orbax has them: text."""
+    return tuple(str(key) for key in path)
+
+
+def _tree(items: Iterable[tuple[Path_, Any]]) -> Params:
+    tree: Params = {}
+    for path, leaf in items:
+        _put(tree, _words(path), leaf)
+    return tree
+
+
+def _put(tree: Any, path: Path_, leaf: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf

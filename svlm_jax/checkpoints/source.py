@@ -1,0 +1,105 @@
+"""Checkpoints on disk, of either form, whose parameters are read a group at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svlm_jax.checkpoints.copying import COPIERS
+from svlm_jax.checkpoints.load import assemble
+from svlm_jax.checkpoints.names import Piece, name_table
+from svlm_jax.checkpoints.orbax_form import OrbaxSource, grouped, is_orbax
+from svlm_jax.checkpoints.plan import Path_, plan
+from svlm_jax.checkpoints.safetensors_file import Mapped
+from svlm_jax.config import ModelConfig
+from svlm_jax.errors import UserError
+
+COMPARED_AT_ONCE = 1 << 20  # numbers, which fit into the cache
+EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
+
+
+class HubSource:
+    """A checkpoint in Hugging Face's form, accounted for by its headers."""
+
+    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
+        self._targets = {target.path: target for target in plan(folder, config, dtype=dtype)}
+        self.shapes = {path: target.shape for path, target in self._targets.items()}
+        self.dtype = next(iter(self._targets.values())).dtype
+        self._files = Mapped()
+
+    def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
+        """These parameters, whole, as `dtype`."""
+        with ThreadPoolExecutor(COPIERS) as pool:
+            return {path: assemble(self._targets[path], tuple(slice(0, n) for n in self.shapes[path]), self._files, pool) for path in paths}
+
+
+Source = HubSource | OrbaxSource
+
+
+def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> Source:
+    """The checkpoint in `folder`, with every tensor accounted for and none read. UserError for what is wrong with it."""
+    return (OrbaxSource if is_orbax(folder) else HubSource)(folder, config, dtype=dtype)
+
+
+class Parameters:
+    """The parameters of a source, read a group at a time as they are asked for; two groups at most are in memory.
+
+    `change` is applied to every parameter that is read; then each must be finite, or UserError names the tensor.
+    """
+
+    def __init__(self, source: Source, config: ModelConfig, change: Callable[[Path_, np.ndarray], np.ndarray] | None = None):
+        self._source, self._change = source, change
+        self._pieces: dict[Path_, list[Piece]] = {}
+        for piece in name_table(config):
+            self._pieces.setdefault(piece.path, []).append(piece)
+        ordered = {path: source.shapes[path] for path in self._pieces}
+        self._groups = grouped(ordered, source.dtype.itemsize)
+        self.paths = tuple(ordered)
+        self._of = {path: index for index, group in enumerate(self._groups) for path in group}
+        self._index, self._held = -1, {}
+        self._reader = ThreadPoolExecutor(1)
+        self._next: Future[dict[Path_, np.ndarray]] | None = None
+
+    def get(self, path: Path_) -> np.ndarray:
+        """One parameter; asked for in the order of `paths`, each group is read once, while the one before is used."""
+        index = self._of[path]
+        if self._index != index:
+            self._held = {}
+            coming, self._next = self._next, None
+            found = coming.result() if coming is not None and index == self._index + 1 else self._group(index)
+            self._index, self._held = index, found
+            if index + 1 < len(self._groups):
+                self._next = self._reader.submit(self._group, index + 1)
+        return self._held[path]
+
+    def tensor_of(self, path: Path_) -> str:
+        """The tensors of a parameter, by name."""
+        return ", ".join(piece.name for piece in self._pieces[path])
+
+    def groups(self) -> Iterator[dict[Path_, np.ndarray]]:
+        """Each group in turn; it is the caller's alone."""
+        for index in range(len(self._groups)):
+            yield self._group(index)
+
+    def _group(self, index: int) -> dict[Path_, np.ndarray]:
+        found = self._source.read(self._groups[index])
+        for path, array in found.items():
+            if self._change is not None:
+                found[path] = self._change(path, array)
+            if not finite(found[path]):
+                piece = next(piece for piece in self._pieces[path] if not finite(piece.export(found[path])))
+                raise UserError(
+                    f"{piece.name} holds numbers that are not finite (NaN or infinite) as {array.dtype.name}: "
+                    "take a checkpoint from before training broke down, or a wider dtype"
+                )
+        return found
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether every number is neither NaN nor infinite: then its exponent is not all ones."""
+    mask = EXPONENT[array.itemsize][array.dtype.name]
+    flat = np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
+    step, kind = COMPARED_AT_ONCE, flat.dtype.type
+    return not any(((flat[start : start + step] & kind(mask)) == mask).any() for start in range(0, flat.size, step))

@@ -1,0 +1,50 @@
+"""`svlm convert SRC DST`: checkpoints from Hugging Face's form to Orbax's and back, or to another dtype. Without PyTorch."""
+
+import argparse
+import os
+from typing import Any
+
+from svlm_jax.commands.progress import ProgressLine
+
+SUMMARY = "convert a checkpoint: Hugging Face to Orbax and back, or to another dtype"
+DESCRIPTION = """\
+Writes the checkpoint SRC as directory DST. Without --to, Hugging Face's form becomes Orbax's, and Orbax's becomes Hugging Face's.
+Nothing is changed but what is asked for: there and back, every tensor is the same bit for bit. Memory stays below 3 GB.
+DST is written beside its place and renamed at the end, so it is whole or not there; it can be run again after an interruption.
+Example: svlm convert models/streamingvlm models/streamingvlm-orbax"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "convert", help=SUMMARY, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory, of either form, or a name on the Hub")
+    parser.add_argument("target", metavar="DST", help="the directory to write, which must not exist")
+    parser.add_argument("--to", choices=("hf", "orbax"), help="the form of DST (default: the one that SRC does not have)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the tensors (default: as they are)")
+    parser.add_argument("--shard-gb", metavar="GB", type=_positive, default=5.0, help="a safetensors file's size at most (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+    import numpy as np
+
+    from svlm_jax.checkpoints.convert import TITLES, convert
+    from svlm_jax.checkpoints.safetensors_file import FLOATS
+
+    kinds = {kind.name: kind for kind in FLOATS.values()}
+    dtype = None if args.dtype is None else np.dtype(kinds[args.dtype])
+    with ProgressLine("converted") as progress:
+        done = convert(args.source, args.target, form=args.to, dtype=dtype, shard_bytes=args.shard_gb * 1e9, progress=progress)
+    print(f"{done.path}: {done.parameters:,} parameters, {done.nbytes:,} bytes of {done.dtype.name} in {TITLES[done.form]}")
+    return 0
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
