@@ -83,6 +83,31 @@ def activate(x: Float[Array, "... inputs F"]) -> Float[Array, "... F"]:
     return jax.nn.silu(x[..., 0, :]) * x[..., 1, :] if x.shape[-2] == 2 else x[..., 0, :] * jax.nn.sigmoid(1.702 * x[..., 0, :])
 
 
+def attention(
+    q: Float[Array, "grids W p n h"], k: Float[Array, "grids W p n h"], v: Float[Array, "grids W p n h"], valid: Bool[Array, "W p"] | None
+) -> Float[Array, "grids W p n h"]:
+    """Every patch over the valid ones of its window (None: all), softmax in float32; long windows by cuDNN where there is one."""
+    scale = q.shape[-1] ** -0.5
+
+    def plain(q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.einsum("bwpnh,bwsnh->bwnps", q, k, preferred_element_type=jnp.float32) * scale
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None, :], scores, np.float32(-1e30))
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bwnps,bwsnh->bwpnh", weights, v)
+
+    def cudnn(q: Array, k: Array, v: Array) -> Array:
+        grids, windows = q.shape[:2]
+        flat = (a.reshape(grids * windows, *a.shape[2:]) for a in (q, k, v))
+        mask = None if valid is None else jnp.broadcast_to(valid, (grids, *valid.shape)).reshape(-1, 1, 1, valid.shape[1])
+        return jax.nn.dot_product_attention(*flat, mask=mask, scale=scale, implementation="cudnn").reshape(q.shape)
+
+    # cuDNN takes 16-bit numbers and heads of a multiple of 8, and must be there for tracing; over few patches plain products are as fast
+    if q.dtype != jnp.bfloat16 or q.shape[-1] % 8 or q.shape[2] < 512 or jax.default_backend() != "gpu":
+        return plain(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=plain)
+
+
 class VisionBlock(nnx.Module):
     """Attention over windows or over the whole grid, then the MLP."""
 
@@ -116,11 +141,7 @@ class VisionBlock(nnx.Module):
             if full:
                 q, k, v = (a.reshape(shape[0], 1, -1, *shape[3:]) for a in (q, k, v))
                 valid = None if valid is None else valid.reshape(1, -1)
-            scores = jnp.einsum("bwpnh,bwsnh->bwnps", q, k, preferred_element_type=jnp.float32) * shape[-1] ** -0.5
-            if valid is not None:
-                scores = jnp.where(valid[:, None, None, :], scores, np.float32(-1e30))
-            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-            heads = jnp.einsum("bwnps,bwsnh->bwpnh", weights, v).reshape(*x.shape[:-1], -1)
+            heads = attention(q, k, v, valid).reshape(*x.shape[:-1], -1)
             x = x + jnp.einsum("bwpn,ne->bwpe", heads, self.out[...].reshape(heads.shape[-1], -1)) + self.out_bias[...]
         with jax.named_scope("mlp"):
             y = normalise(x, self.mlp_norm, self.mlp_norm_bias, epsilon)
