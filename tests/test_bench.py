@@ -232,6 +232,19 @@ def test_kernels_of_a_command_buffer_fall_into_consecutive_stages():
     assert round.total == pytest.approx(108e-6)
 
 
+def test_a_loop_in_a_command_buffer_is_divided_as_its_one_recorded_step_is():
+    known = {"jit_ingest": {"dot.2": ("vision", "mlp")}, "jit_decode": {"dot.3": ("decode", "mlp"), "copy.1": ("decode", "append")}}
+    events = [profile.Event(0.0, 50.0, "jit_ingest", "dot_2", None)]
+    steps = [("dot_3", 60, 90), ("copy_1", 90, 100), ("set_while_condition", 100, 100), ("dot_3", 400, 500)]
+    events += [profile.Event(float(start), float(end), "jit_decode", name, None, graph=True) for name, start, end in steps]
+    (round,) = profile.rounds(events, known)
+    assert {name: 1e6 * value for name, value in round.stages.items() if value} == pytest.approx({"vision": 50, "other": 10, "decode": 440})
+    assert {name: 1e6 * value for name, value in round.parts.items()} == pytest.approx(
+        {"vision/mlp": 50, "decode/mlp": 440 * 130 / 140, "decode/append": 440 * 10 / 140}
+    )
+    assert 1e6 * round.gaps == pytest.approx(10)
+
+
 def test_a_cpu_profile_of_a_real_program():
     def ingest(x):
         with jax.named_scope("vision"), jax.named_scope("mlp"):

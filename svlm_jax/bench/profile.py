@@ -3,6 +3,7 @@
 The profiler records every kernel with the HLO instruction it stems from, the compiled program's text names the scope of every
 instruction (`op_name`, which starts with the `jax.named_scope`s it was traced in), and the two together give each kernel its stage.
 A stage's time is wall time on the device: a gap before a kernel counts to the kernel's stage, a gap between programs to "other".
+Of a loop that is one command buffer, the profiler sees the kernels of one step only: their shares divide the whole loop's time.
 """
 
 import collections
@@ -35,6 +36,7 @@ PARTS = (
 )  # inner ones; the innermost counts
 OTHER = "other"
 LAST_PROGRAM = "jit_decode"  # ends a round
+GRAPH_LOOP = "set_while_condition"  # XLA's kernel that ends or repeats a loop within a command buffer
 
 Label = tuple[str, str]  # (stage, part), either may be OTHER
 
@@ -63,7 +65,7 @@ class Round(NamedTuple):
     stages: dict[str, float]  # of STAGES and OTHER; they sum to `total`
     parts: dict[str, float]  # "stage/part"
     total: float  # from the first kernel's start to the last one's end
-    gaps: float  # of it, nothing ran
+    gaps: float  # of it, nothing ran, as far as can be seen
 
 
 def label_of(op_name: str) -> Label:
@@ -285,6 +287,14 @@ def _round(runs: Sequence[Sequence[Event]], programs: Mapping[str, Mapping[str, 
             gaps += run[0].start - cursor
             cursor = run[0].start
         found = _labels_of(run, programs.get(program), program)
+        if any(event.graph and event.instruction.startswith(GRAPH_LOOP) for event in run):
+            end = max(event.end for event in run)
+            share = (end - cursor) / sum(event.end - event.start for event in run)
+            for event, (stage, part) in zip(run, found, strict=True):
+                stages[stage] += share * (event.end - event.start)
+                parts[f"{stage}/{part}"] += share * (event.end - event.start)
+            cursor = end
+            continue
         for event, (stage, part) in zip(run, found, strict=True):
             if event.end > cursor:
                 gaps += max(0.0, event.start - cursor)
