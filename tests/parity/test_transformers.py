@@ -1,4 +1,4 @@
-"""Our forward and our files against transformers' Qwen2_5_VLForConditionalGeneration, on random models. Needs PyTorch.
+"""Our forward and our files against transformers' models of each family, on random models. Needs PyTorch.
 
 Positions are ours and handed over, since transformers' own rule has changed between its versions.
 """
@@ -6,7 +6,6 @@ Positions are ours and handed over, since transformers' own rule has changed bet
 import dataclasses
 import inspect
 import os
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -17,93 +16,54 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from prompts import END, IMAGE, PARTS, START, STEPS, VIDEO, VOCABULARY, Prompt, prompt, prompts  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
-from svlm_jax.checkpoints.hub_config import read_config  # noqa: E402
+from svlm_jax.checkpoints.convert import convert  # noqa: E402
+from svlm_jax.checkpoints.hub_config import family_of, read_config  # noqa: E402
 from svlm_jax.checkpoints.load import load, load_params  # noqa: E402
 from svlm_jax.checkpoints.save import save_params  # noqa: E402
-from svlm_jax.configs.models import tiny  # noqa: E402
+from svlm_jax.configs.models import tiny, tiny_qwen2_vl  # noqa: E402
 from svlm_jax.demo.make_tiny import tiny_path  # noqa: E402
 from svlm_jax.model.qwen_vl import forward, init_params  # noqa: E402
-from svlm_jax.model.rope import clip_extent, clip_offsets  # noqa: E402
 from svlm_jax.model.vision import patchify  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the other libraries' warnings are theirs
 
-VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303
-STEP = Fraction(2)  # positions between two grids: 2 a second, and a grid a second
 TOLERANCE = 1e-3  # float32, logits of about 1
+CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL"}
+TOWERS = {
+    "qwen2_5_vl": {
+        **{"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
+        **{"fullatt_block_indexes": [1, 3], "tokens_per_second": 2},
+    },
+    "qwen2_vl": {"depth": 3, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2},
+}
 
 
-def theirs(**text) -> "transformers.Qwen2_5_VLForConditionalGeneration":
+def model_class(family: str):
+    return getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
+
+
+def theirs(family: str = "qwen2_5_vl", layers: int = 3, **text):
     """A small random model of transformers'; every bias and norm is random too."""
-    config = transformers.Qwen2_5_VLConfig(
+    config = getattr(transformers, f"{CLASSES[family]}Config")(
         text_config={
-            **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
+            **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4},
             **{"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         },
-        vision_config={
-            **{"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
-            **{"fullatt_block_indexes": [1, 3], "tokens_per_second": 2},
-        },
+        vision_config=TOWERS[family],
         **{"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END},
         **text,
     )
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = model_class(family)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.2 * noise if "norm" in name or "ln_q" in name else noise * (0.1 if parameter.ndim == 1 else 0.15))
     return model
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """Text, and the frames [F, 3, height, width] of its visuals: one frame is an image, more are a clip."""
-
-    tokens: np.ndarray  # [T]
-    positions: np.ndarray  # [T, 3]
-    places: np.ndarray  # [C], rows of the pads
-    visuals: tuple[np.ndarray, ...]
-
-
-def prompt(*parts: int | tuple[int, int, int]) -> Prompt:
-    """Parts are numbers of random words, or (frames, height, width) of a visual in pixels."""
-    rng = np.random.default_rng(0)
-    tokens, positions, places, visuals, next_position = [], [], [], [], 0
-
-    def write(ids):
-        nonlocal next_position
-        tokens.extend(ids)
-        positions.extend([(next_position + i,) * 3 for i in range(len(ids))])
-        next_position += len(ids)
-
-    for part in parts:
-        if isinstance(part, int):
-            write(rng.integers(3, 290, part).tolist())
-            continue
-        frames, height, width = part
-        visuals.append(rng.integers(0, 256, (frames, 3, height, width), dtype=np.uint8))
-        grid = (-(-frames // 2), height // 28, width // 28)
-        write([START])
-        count = int(np.prod(grid))
-        places.extend(range(len(tokens), len(tokens) + count))
-        tokens.extend([IMAGE if frames == 1 else VIDEO] * count)
-        positions.extend((next_position + clip_offsets(grid, STEP, 1)).tolist())
-        next_position += clip_extent(grid, STEP, 1)
-        write([END])
-    return Prompt(np.array(tokens), np.array(positions, np.int32), np.array(places, np.int32), tuple(visuals))
-
-
-PROMPTS = {
-    "text": prompt(23),
-    "image": prompt(4, (1, 84, 140), 6),
-    "clip": prompt(3, (6, 140, 84), 5),
-    "odd clip": prompt(3, (5, 112, 112), 5),
-    "all": prompt(5, (1, 56, 84), 2, (4, 84, 140), 4, (2, 84, 140), 3),
-}
 
 
 # Unwrapped, because the checked signature gives all visuals of a prompt one size, and "all" mixes sizes.
@@ -141,19 +101,21 @@ def their_logits(model, config, p: Prompt) -> np.ndarray:
     return out.logits[0].float().numpy()
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl untied", "qwen2_5_vl tied", "qwen2_vl untied", "qwen2_vl tied"])
 def written(request, tmp_path_factory):
-    """(their model, the directory that it wrote)."""
-    model = theirs(tie_word_embeddings=request.param == "tied")
+    """(their model, the directory that it wrote, its family)."""
+    family, ties = request.param.split()
+    model = theirs(family, tie_word_embeddings=ties == "tied")
     folder = tmp_path_factory.mktemp("theirs")
     model.save_pretrained(folder, max_shard_size="400KB")
-    return model, folder
+    return model, folder, family
 
 
-@pytest.mark.parametrize("p", PROMPTS.values(), ids=PROMPTS)
-def test_their_files_give_their_logits(written, p):
-    model, folder = written
-    config = read_config(folder)
+@pytest.mark.parametrize("name", PARTS)
+def test_their_files_give_their_logits(written, name):
+    model, folder, family = written
+    config, p = read_config(folder), prompts(family)[name]
+    assert family_of(config) == family
     params = load_params(folder, config)
     found, wanted = our_logits(params, config, p), their_logits(model, config, p)
     assert wanted.std() > 0.3
@@ -161,54 +123,89 @@ def test_their_files_give_their_logits(written, p):
 
 
 def test_stacked_layers_give_their_logits(written):
-    model, folder = written
-    config = read_config(folder)
+    model, folder, family = written
+    config, p = read_config(folder), prompts(family)["all"]
     params = load_params(folder, config, stacked=True)
-    np.testing.assert_allclose(
-        our_logits(params, config, PROMPTS["all"]), their_logits(model, config, PROMPTS["all"]), atol=TOLERANCE, rtol=0
-    )
+    np.testing.assert_allclose(our_logits(params, config, p), their_logits(model, config, p), atol=TOLERANCE, rtol=0)
 
 
 def test_the_visuals_matter(written):
     """Else the comparisons above would show little."""
-    _, folder = written
+    _, folder, family = written
     config = read_config(folder)
-    params, p = load_params(folder, config), PROMPTS["clip"]
+    params, p = load_params(folder, config), prompts(family)["clip"]
     other = dataclasses.replace(p, visuals=(255 - p.visuals[0],))
     assert np.abs(our_logits(params, config, p)[-1] - our_logits(params, config, other)[-1]).max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("way", ["parameters", "orbax"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_our_export_keeps_every_byte_and_loads_there(written, tmp_path, dtype):
-    model, folder = written
+def test_our_export_keeps_every_byte_and_loads_there(written, tmp_path, dtype, way):
+    """From the parameters in memory, and from Orbax's form on disk."""
+    model, folder, family = written
     if dtype == "bfloat16":
-        model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+        model = model_class(family).from_pretrained(folder, dtype=torch.bfloat16)
         folder = tmp_path / "half"
         model.save_pretrained(folder)
     config = read_config(folder)
-    saved = save_params(load_params(folder, config), config, tmp_path / "ours", shard_bytes=4e5)
+    if way == "orbax":
+        convert(folder, tmp_path / "orbax")
+        saved = convert(tmp_path / "orbax", tmp_path / "ours", shard_bytes=4e5).path
+    else:
+        saved = save_params(load_params(folder, config), config, tmp_path / "ours", shard_bytes=4e5)
     before = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     after = {name: tensor for file in saved.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype and before[name].tobytes() == after[name].tobytes() for name in before)
-    again, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(saved, dtype="auto", output_loading_info=True)
+    again, report = model_class(family).from_pretrained(saved, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     wanted = dict(model.named_parameters())
     for name, parameter in again.named_parameters():
         assert parameter.dtype == wanted[name].dtype and torch.equal(parameter, wanted[name]), name
     again.config.image_token_id, again.config.video_token_id = IMAGE, VIDEO  # without a tokenizer, Qwen's ids are stated
     if dtype == "float32":
-        for p in PROMPTS.values():
+        for p in prompts(family).values():
             np.testing.assert_allclose(their_logits(again.eval(), config, p), their_logits(model, config, p), atol=1e-5, rtol=0)
 
 
-def test_a_model_of_ours_gives_its_logits_there(tmp_path):
-    config = tiny(VOCABULARY)
+@pytest.mark.parametrize("family", CLASSES)
+def test_their_positions_of_several_grids_differ_as_said(family):
+    """This release resumes text after max(rows, columns), and cuts fractions off; the rule here is the largest position plus one.
+
+    With one grid, and whole steps, both rules say the same.
+    """
+    model, step = theirs(family, layers=1).model, STEPS[family]
+
+    def both(p: Prompt, frames: int, height: int, width: int, seconds: float):
+        kinds = torch.from_numpy((p.tokens == VIDEO).astype(np.int64) * 2)[None]
+        grid = torch.tensor([[-(-frames // 2), height // 14, width // 14]])
+        rate = {"second_per_grid_ts": torch.tensor([seconds])} if family == "qwen2_5_vl" else {}
+        found, _ = model.get_rope_index(torch.from_numpy(p.tokens)[None], kinds, video_grid_thw=grid, **rate)
+        return p.positions, found[:, 0].numpy().T
+
+    ours, found = both(prompt(3, (2, 84, 56), 4, step=step), 2, 84, 56, 1.0)
+    np.testing.assert_array_equal(ours, found)
+    p = prompt(3, (10, 56, 84), 4, step=step)
+    ours, found = both(p, 10, 56, 84, 1.0)
+    after = p.places[-1] + 1
+    np.testing.assert_array_equal(ours[:after], found[:after])
+    late = int(4 * step) + 1 - max(2, 3)  # five grids of 2 x 3
+    np.testing.assert_array_equal(ours[after:] - found[after:], late)
+    if family == "qwen2_5_vl":  # a quarter of a second a grid: half a position each
+        _, found = both(p, 10, 56, 84, 0.25)
+        start = p.positions[p.places[0], 0]
+        half = [start + int(grid / 2) for grid in range(5)]
+        np.testing.assert_array_equal(found[p.places[::6], 0], half)
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("qwen2_5_vl", tiny), ("qwen2_vl", tiny_qwen2_vl)])
+def test_a_model_of_ours_gives_its_logits_there(tmp_path, family, sizes):
+    config = sizes(VOCABULARY)
     params = jax.tree.map(lambda a: a + 0.05, init_params(config, jax.random.key(0)))  # no bias of 0, no norm of 1
     folder = save_params(params, config, tmp_path / "ours", tokenizer_files_from=None)
-    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = model_class(family).from_pretrained(folder, dtype=torch.float32).eval()
     model.config.image_token_id, model.config.video_token_id = IMAGE, VIDEO
-    for p in (PROMPTS["text"], PROMPTS["all"]):
+    for p in (prompts(family)["text"], prompts(family)["all"]):
         np.testing.assert_allclose(our_logits(params, config, p), their_logits(model, config, p), atol=TOLERANCE, rtol=0)
 
 
