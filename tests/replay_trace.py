@@ -56,8 +56,8 @@ def stream_config(case: dict[str, Any]) -> StreamConfig:
         fps=case["fps"],
         mode="recompute" if recompute else "streaming",
         positions="append" if case.get("pos_mode") == "append" and not recompute else "contiguous",
-        query=case["query"],
-        previous_text=case["previous_text"],
+        query=case["query"] or "",
+        previous_text=case["previous_text"] or "",
         temperature=0,
         repetition_penalty=case["repetition_penalty"],
         text_capacity=max(1, count_rounds(case) * case["max_new_tokens"]),
@@ -77,11 +77,11 @@ def make_engine(trace: dict[str, Any], *, streams: int = 1) -> Engine:
 
 def frames(case: dict[str, Any], index: int) -> np.ndarray:
     """The frames of round `index` of a trace, uint8 [F, 3, height, width]."""
-    return recipe.frames(case["seed"], case.get("skip_first_chunk", 0) + index, count_frames(case), case["height"], case["width"])
+    return recipe.frames(case["seed"], (case.get("skip_first_chunk") or 0) + index, count_frames(case), case["height"], case["width"])
 
 
 def times(case: dict[str, Any], index: int) -> tuple[float, float]:
-    chunk = case.get("skip_first_chunk", 0) + index
+    chunk = (case.get("skip_first_chunk") or 0) + index
     return chunk * case["chunk_duration"], (chunk + 1) * case["chunk_duration"]
 
 

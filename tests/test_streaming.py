@@ -293,9 +293,16 @@ def test_full_ends_at_its_capacity_with_a_clear_error():
 def test_words_without_bound_end_at_their_capacity_with_a_clear_error():
     engine = small.engine(dataclasses.replace(BASE, text_sink=None, text_sliding=None, text_capacity=12))
     engine.open(0)
+    turns: list[int] = []  # words that each turn leaves
+    end = engine.spec.prompt.im_end
     with pytest.raises(UserError, match="outgrown its 12 tokens"):
         for index in range(60):
-            engine.note(engine.step(small.frames(engine, index), {0: (index, index + 1)}).tokens())
+            tokens = engine.step(small.frames(engine, index), {0: (index, index + 1)}).tokens()
+            turns.append(max(len(tokens[0]) - 1 - (tokens[0][-1] == end), 0))
+            engine.note(tokens)
+    first = len(encode_words(engine.tokenizer, BASE.previous_text))
+    joined = [first + sum(turns[: max(0, round + 1 - BASE.text_window)]) for round in range(len(turns) + 1)]
+    assert joined[-2] <= 12 < joined[-1]  # not before the words that leave their round do not fit
 
 
 @pytest.mark.parametrize(
