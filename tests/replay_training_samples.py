@@ -8,6 +8,7 @@ and `labels`, they are compared then, exactly.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from svlm_jax.streaming.prompt import PromptLayout
 ANSWERS = ("input_ids", "labels")
 
 
+vocabulary = functools.cache(oracle.tokenizer)
+
+
 def produce(sample: dict[str, Any]) -> dict[str, list[int]]:
     """`input_ids` and `labels` of one sample, from its other keys."""
-    tokenizer = oracle.tokenizer()
+    tokenizer = vocabulary()
     config = SampleConfig("published", sample["fps"], sample["text_sink"] or 0, sample["text_sliding_window"] or 0)
     height, width = sample["frame_hw"]
     annotation = annotation_from(sample["annotation"])

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from svlm_jax.types import Int
 
 INDEX_SUFFIX = ".svlm-index.npz"
 INDEX_VERSION = 1  # of the side file's contents
+LONGEST = 1e9  # seconds; beyond it a number is no time
 MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put first
 
 
@@ -79,7 +79,7 @@ class Annotation:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LONGEST:
         raise UnusableRow("not a streaming row", f"{what} is {value!r} and must be a number")
     return float(value)
 
