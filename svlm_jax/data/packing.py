@@ -38,6 +38,7 @@ class Loaded(NamedTuple):
     sample: Sample
     patches: np.ndarray  # uint8 [grids, w, p, features], all turns' clips one after the other
     frame_hw: tuple[int, int]  # pixels
+    number: int = 0  # in the order of its lane (`data.pipeline`)
 
     @property
     def windows(self) -> int:
