@@ -129,6 +129,7 @@ def without(path):
         (json.dumps(row(start=4, end=4)), "impossible times"),
         (json.dumps(row(start=-1)), "impossible times"),
         (json.dumps(row(qa_stream=[[0, 1, "Who?"]])), "not a streaming row"),
+        (json.dumps(row(qa_stream=[[0, None, "Who?", "He."]])), "not a streaming row"),
     ],
 )
 def test_unusable_rows_say_why(line, reason):

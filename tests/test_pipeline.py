@@ -151,13 +151,13 @@ def test_a_mixture_keeps_its_weights(config):
     datasets = {"a": DatasetConfig(config.datasets["a"].path, weight=3), "b": DatasetConfig(config.datasets["b"].path, weight=1)}
     mixed = DataConfig(datasets, LOADER, SHAPE)
     order = sample_order(mixed, {"a": 14, "b": 12})
-    first = [order[i] for i in range(400)]
-    assert collections.Counter(name for name, _ in first) == {"a": 300, "b": 100}
+    first = [order[i] for i in range(160)]
+    assert collections.Counter(name for name, _ in first) == {"a": 120, "b": 40}
     for name, length in (("a", 14), ("b", 12)):
         rows = [row for key, row in first if key == name]
-        assert all(sorted(rows[i : i + length]) == list(range(length)) for i in range(0, 84, length))  # whole epochs of each
+        assert all(sorted(rows[i : i + length]) == list(range(length)) for i in range(0, 36 - length, length))  # whole epochs of each
         assert rows[:length] != rows[length : 2 * length]
-    assert first == [sample_order(mixed, {"a": 14, "b": 12})[i] for i in range(400)]
+    assert first == [sample_order(mixed, {"a": 14, "b": 12})[i] for i in range(160)]
 
 
 def test_unusable_rows_are_counted_by_reason_and_told_once(tmp_path, caplog):

@@ -56,9 +56,9 @@ class Word(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question put in mid-stream; `start` is the file's first number, which says nothing about when it is put."""
+    """A question put in mid-stream; `start` is whatever the file has before the time, and is not used."""
 
-    start: float
+    start: Any
     asked: float  # seconds of the video
     question: str
     answer: str
@@ -108,7 +108,7 @@ def annotation_from(row: Any) -> Annotation:
         video, words = clip["video"], said["text_stream"]
         begin, stop = clip["video_start"], clip["video_end"]
         words = tuple(Word(*word) for word in words)
-        questions = tuple(Question(*question) for question in said.get("qa_stream") or ())
+        questions = tuple(Question(*question[:4]) for question in said.get("qa_stream") or ())
         other = tuple((key, value) for key, value in asked.items() if key not in ("type", "text", "previous"))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UnusableRow("not a streaming row", f"{type(error).__name__} {error}") from None
@@ -123,7 +123,7 @@ def annotation_from(row: Any) -> Annotation:
         previous=_text(asked.get("previous", ""), "previous"),
         words=tuple(Word(_number(w.start, "a word's start"), _number(w.end, "a word's end"), _text(w.text, "a word")) for w in words),
         questions=tuple(
-            Question(_number(q.start, "qa_stream"), _number(q.asked, "qa_stream"), _text(q.question, "a question"), _text(q.answer, "an answer"))
+            Question(q.start, _number(q.asked, "a question's time"), _text(q.question, "a question"), _text(q.answer, "an answer"))
             for q in questions
         ),
         other=other,
