@@ -16,6 +16,7 @@ from svlm_jax.data.pipeline import DataConfig, DatasetConfig, Workers, make_batc
 from svlm_jax.data.records import open_records
 from svlm_jax.data.statistics import plot, survey
 from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 
 CLIP = str(sample_path())
@@ -57,6 +58,12 @@ def test_stats(file, capsys):
     assert (lines["doubled"], lines["broken JSON"], lines["clip too long"], lines["video missing"]) == ("1", "1", "1", "1")
     assert lines["hours of clips"] == "0.00" and lines["words"] == "3, 0.38 a second" and lines["silent turns"] == "62.5% of 8"
     assert lines["seconds a clip"] == "4.0 / 4.0 / 4.0" and lines["questions"] == "1" and lines["never said"] == "0 words, 0 questions"
+    assert "tokens a row" not in lines
+    counted = run(capsys, "stats", file, "--model", tiny_path(), "--frame", "56x28")[1]
+    assert "tokens a row" in counted and "labels a row" in counted
+    more = run(capsys, "stats", file, "--model", tiny_path(), "--frame", "84x28")[1]
+    least, most = (int(re.search(r"tokens a row +(\d+) /", text).group(1)) for text in (counted, more))
+    assert most - least == 4  # a column of tokens more in each turn
     assert run(capsys, "stats", file, "--max-seconds", 80)[1].count("video missing") == 0
 
 

@@ -1,6 +1,7 @@
 """The pipeline: one order whatever the hosts, threads and processes; exact resumption; rows that cannot be used are counted."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import logging
@@ -132,9 +133,22 @@ def test_resumes_on_another_number_of_hosts(config):
 
 def test_a_state_of_other_data_is_refused(config, tmp_path):
     state = iter(batches(config)).get_state()
-    other = DataConfig({**config.datasets, "b": write(tmp_path / "c.jsonl", [row()])}, LOADER, SHAPE, rows=4, lanes=4, seed=3)
-    with pytest.raises(UserError, match="the order would change"):
-        iter(batches(other)).set_state(state)
+    lines = (tmp_path / "b.jsonl").read_text().splitlines()
+    (tmp_path / "moved.jsonl").write_text("".join(line + "\n" for line in lines))
+    changes = (
+        {"datasets": {**config.datasets, "b": write(tmp_path / "swapped.jsonl", lines[::-1])}},
+        {"datasets": dict(reversed(config.datasets.items()))},
+        {"loader": dataclasses.replace(LOADER, sample=SampleConfig("streaming"))},
+        {"shape": RowShape(301, 3, 4)},
+        {"seed": 4},
+        {"open_rows": 1},
+    )
+    for change in changes:
+        with pytest.raises(UserError, match="the order would change"):
+            iter(batches(dataclasses.replace(config, **change))).set_state(state)
+    moved = {**config.datasets, "b": DatasetConfig(str(tmp_path / "moved.jsonl"))}
+    harmless = dataclasses.replace(config, datasets=moved, loader=dataclasses.replace(LOADER, cache_bytes=0))
+    iter(batches(harmless)).set_state(state)
 
 
 def test_every_row_once_an_epoch_and_the_rest_is_padding(config):

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from svlm_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from svlm_jax.data.samples import SampleConfig
+    from collections.abc import Callable
+
+    from svlm_jax.data.annotations import Annotation
+    from svlm_jax.data.samples import Sample, SampleConfig
 
 SUMMARY = "look at training data and prepare it"
 DESCRIPTION = """\
@@ -33,12 +36,16 @@ def add_parser(subparsers: Any) -> None:
     def sample(made: argparse.ArgumentParser) -> None:
         made.add_argument("--layout", choices=("published", "streaming"), default="published", help="of tokens (default: published)")
         made.add_argument("--fps", metavar="RATE", type=float, default=2.0, help="frames a second (default: 2)")
+        made.add_argument("--text-sink", metavar="TOKENS", type=int, default=512, help="first tokens of the previous text (default: 512)")
+        made.add_argument("--text-sliding", metavar="TOKENS", type=int, default=512, help="last tokens of it (default: 512)")
 
     subject("index", "find the rows of files and keep their places beside them")
 
     stats = subject("stats", "count rows, words and silence, and rows that cannot be used")
     stats.add_argument("--videos", metavar="DIR", help="also look whether each video is in this folder")
-    stats.add_argument("--fps", metavar="RATE", type=float, default=2.0, help="frames a second (default: 2)")
+    sample(stats)
+    stats.add_argument("--model", metavar="DIR", help="also count tokens a row, with this directory's tokenizer")
+    stats.add_argument("--frame", metavar="WxH", type=_size, default=(560, 1008), help="pixels of the frames then (default: 1008x560)")
     stats.add_argument("--max-seconds", metavar="S", type=float, default=64.0, help="longer clips count as unusable (default: 64)")
     stats.add_argument("--plots", metavar="DIR", help="also draw histograms into this folder (needs matplotlib)")
 
@@ -48,8 +55,6 @@ def add_parser(subparsers: Any) -> None:
     show.add_argument("--videos", metavar="DIR", default="", help="folder that the paths of videos are relative to")
     show.add_argument("--model", metavar="DIR", help="directory whose tokenizer is used (default: the bundled one)")
     show.add_argument("--max-pixels", metavar="N", type=int, default=602_112, help="of a frame (default: 602112)")
-    show.add_argument("--text-sink", metavar="TOKENS", type=int, default=512, help="first tokens of the previous text (default: 512)")
-    show.add_argument("--text-sliding", metavar="TOKENS", type=int, default=512, help="last tokens of it (default: 512)")
     sample(show)
 
     chunk = subject("chunk", "cut long annotated videos into chunks that overlap")
@@ -59,6 +64,14 @@ def add_parser(subparsers: Any) -> None:
 
     convert = subject("convert", "write the usable rows into one ArrayRecord file")
     convert.add_argument("--out", metavar="FILE", required=True, help="must end in .array_record")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """WxH in pixels, as (height, width)."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers, such as 1008x560")
+    return int(height), int(width)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,12 +92,13 @@ def _index(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     from svlm_jax.data.annotations import AnnotationFile
-    from svlm_jax.data.samples import SampleConfig
     from svlm_jax.data.statistics import plot, survey, table
 
-    config = SampleConfig(fps=args.fps)
+    config, write = _sample_config(args), None
+    if args.model:
+        write = _writer(config, args.model, args.frame)
     for path in args.files:
-        found = survey(AnnotationFile(path), config, args.max_seconds, args.videos)
+        found = survey(AnnotationFile(path), config, args.max_seconds, args.videos, write)
         print(path, *(f"  {line}" for line in table(found)), sep="\n")
         if args.plots:
             Path(args.plots).mkdir(parents=True, exist_ok=True)
@@ -98,6 +112,18 @@ def _sample_config(args: argparse.Namespace) -> "SampleConfig":
     from svlm_jax.data.samples import SampleConfig
 
     return SampleConfig(args.layout, args.fps, args.text_sink, args.text_sliding)
+
+
+def _writer(config: "SampleConfig", model: str, frame_hw: tuple[int, int]) -> "Callable[[Annotation], Sample]":
+    """Lays rows out without opening their videos."""
+    from svlm_jax.configs.models import qwen2_5_vl_7b
+    from svlm_jax.data.samples import lay_out
+    from svlm_jax.streaming.prompt import PromptLayout
+    from svlm_jax.tokenizer import Tokenizer
+
+    tokenizer, vision = Tokenizer.load(model), qwen2_5_vl_7b().vision
+    layout = PromptLayout.from_tokenizer(tokenizer)
+    return lambda clip: lay_out(clip, config, frame_hw, tokenizer, layout, vision)
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -148,6 +148,7 @@ class ByteIndex:
     starts: Int[np.ndarray, "rows"]  # byte of the first character, int64
     sizes: Int[np.ndarray, "rows"]  # bytes, without the line break
     twins: Int[np.ndarray, "rows"]  # the first row of the same bytes; its own number where there is none before it
+    content: str  # a digest of all rows in their order
 
 
 def _is_offsets(line: bytes) -> bool:
@@ -158,21 +159,23 @@ def _is_offsets(line: bytes) -> bool:
 
 def build_index(path: str | os.PathLike) -> ByteIndex:
     """Reads the file once. Blank lines are none, and neither is a last line that lists offsets."""
-    starts, sizes, twins, seen, at = [], [], [], {}, 0
+    starts, sizes, twins, digests, seen, at = [], [], [], [], {}, 0
     last = b""
     with open(path, "rb") as file:
         for line in file:
             body = line.removeprefix(MARK) if at == 0 else line
             if body.strip():
                 digest = hashlib.blake2b(body.strip(), digest_size=16).digest()
+                digests.append(digest)
                 twins.append(seen.setdefault(digest, len(starts)))
                 starts.append(at + len(line) - len(body))
                 sizes.append(len(body.rstrip(b"\r\n")))
                 last = body
             at += len(line)
     if starts and _is_offsets(last):
-        del starts[-1], sizes[-1], twins[-1]
-    return ByteIndex(*(np.asarray(column, np.int64) for column in (starts, sizes, twins)))
+        del starts[-1], sizes[-1], twins[-1], digests[-1]
+    content = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+    return ByteIndex(np.asarray(starts, np.int64), np.asarray(sizes, np.int64), np.asarray(twins, np.int64), content)
 
 
 def load_index(path: str | os.PathLike, *, keep: bool = True) -> ByteIndex:
@@ -186,14 +189,14 @@ def load_index(path: str | os.PathLike, *, keep: bool = True) -> ByteIndex:
     stamp = np.asarray([INDEX_VERSION, status.st_size, status.st_mtime_ns], np.int64)
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(side) as stored:
         if np.array_equal(stored["stamp"], stamp):
-            return ByteIndex(stored["starts"], stored["sizes"], stored["twins"])
+            return ByteIndex(stored["starts"], stored["sizes"], stored["twins"], str(stored["content"]))
     index = build_index(source)
     if keep:
         with contextlib.suppress(OSError):
             handle, temporary = tempfile.mkstemp(dir=source.parent, prefix=side.name, suffix=".part")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    np.savez(file, stamp=stamp, starts=index.starts, sizes=index.sizes, twins=index.twins)
+                    np.savez(file, stamp=stamp, **dataclasses.asdict(index))
                 os.replace(temporary, side)  # whole or not at all
             except OSError:
                 os.unlink(temporary)

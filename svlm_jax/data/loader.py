@@ -126,6 +126,10 @@ class Source:
         """Raises UnusableRow as `parse_annotation` does."""
         return self.rows.annotation(row) if isinstance(self.rows, AnnotationFile) else parse_annotation(self.rows[row])
 
+    def signature(self) -> str:
+        """Other where the rows are others; of an ArrayRecord only their number can be told without reading it all."""
+        return self.rows.index.content if isinstance(self.rows, AnnotationFile) else str(len(self.rows))
+
     def path(self, video: str) -> str:
         """Where a row's video is."""
         return video if "://" in video else str(Path(self.videos, video))

@@ -113,12 +113,12 @@ def sample_order(config: DataConfig, lengths: Mapping[str, int]) -> grain.MapDat
     return whole if config.epochs == 1 else whole.repeat(config.epochs)
 
 
-def fingerprint(config: DataConfig, lengths: Mapping[str, int]) -> str:
+def fingerprint(config: DataConfig, sources: Mapping[str, Source]) -> str:
     """Of all that decides which rows come: a state is of use only where it is the same."""
     told = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     told |= {"loader": dataclasses.asdict(config.loader), "shape": dataclasses.asdict(config.shape)}
     del told["loader"]["cache_bytes"]
-    told["datasets"] = {name: (lengths[name], dataset.weight) for name, dataset in config.datasets.items()}
+    told["datasets"] = [(name, sources[name].signature(), dataset.weight) for name, dataset in config.datasets.items()]
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -260,7 +260,7 @@ class PackedBatches(grain.IterDataset):
         samples: grain.MapDataset,
         config: DataConfig,
         vision: VisionConfig,
-        lengths: Mapping[str, int],
+        sources: Mapping[str, Source],
         shard: tuple[int, int],
         workers: Workers,
     ):
@@ -269,8 +269,8 @@ class PackedBatches(grain.IterDataset):
         if not 0 <= index < count or config.lanes % count:
             raise UserError(f"{config.lanes} lanes cannot be shared by {count} hosts: set lanes to a multiple of the number of hosts")
         self._samples, self._config, self._vision, self._workers = samples, config, vision, workers
-        self._print = fingerprint(config, lengths)
-        self._patience = min(max(PATIENCE[0], sum(lengths.values())), PATIENCE[1])
+        self._print = fingerprint(config, sources)
+        self._patience = min(max(PATIENCE[0], sum(len(source.rows) for source in sources.values())), PATIENCE[1])
         each = config.lanes // count
         self._numbers = range(index * each, (index + 1) * each)
 
@@ -287,13 +287,13 @@ def make_batches(
     Elements are `Rows`; `iter` gives an iterator that can be saved and resumed. Raises UserError where a data set cannot be opened.
     """
     workers = workers or Workers()
-    grain.config.update("py_traceback_filtering", "off")  # it adds lines to the messages of exceptions
-    if workers.processes and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's processes read its flags, which a program without absl's main never parses
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its settings from flags, which a program without absl's main never parses
+    grain.config.update("py_traceback_filtering", "off")  # it adds notes to exceptions
     sources = {name: open_source(dataset) for name, dataset in config.datasets.items()}
     lengths = {name: len(source.rows) for name, source in sources.items()}
     samples = sample_order(config, lengths).map(SampleLoader(sources, config.loader, tokenizer, vision))
-    batches = PackedBatches(samples, config, vision, lengths, shard, workers)
+    batches = PackedBatches(samples, config, vision, sources, shard, workers)
     if not workers.batches_ahead:
         return batches
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=workers.batches_ahead)

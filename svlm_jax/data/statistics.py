@@ -4,13 +4,16 @@ import dataclasses
 import os
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from svlm_jax.data.annotations import AnnotationFile, UnusableRow
+from svlm_jax.data.annotations import Annotation, AnnotationFile, UnusableRow
+from svlm_jax.data.batch import IGNORED
 from svlm_jax.data.loader import Source
-from svlm_jax.data.samples import SampleConfig, make_script
+from svlm_jax.data.samples import Sample, SampleConfig, make_script
 from svlm_jax.errors import UserError
+
+LAID_OUT = 1_000  # rows whose tokens are counted; each takes some milliseconds
 
 
 @dataclasses.dataclass
@@ -29,14 +32,28 @@ class Statistics:
     words_left: int = 0  # that no turn says
     questions_left: int = 0
     videos: set[str] = dataclasses.field(default_factory=set)
+    tokens: list[int] = dataclasses.field(default_factory=list)  # a row, of the rows that were laid out
+    labels: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def usable(self) -> int:
         return len(self.seconds)
 
 
-def survey(file: AnnotationFile, config: SampleConfig, max_seconds: float, videos: str | None = None) -> Statistics:
-    """Reads every row. `videos`: also look whether each video is there, in this folder; none is opened."""
+def survey(
+    file: AnnotationFile,
+    config: SampleConfig,
+    max_seconds: float,
+    videos: str | None = None,
+    write: Callable[[Annotation], Sample] | None = None,
+) -> Statistics:
+    """Reads every row.
+
+    Args:
+      videos: also look whether each video is there, in this folder; none is opened.
+      write: also lay out up to LAID_OUT rows, evenly spread, to count their tokens.
+    """
+    every = -(-len(file) // LAID_OUT)
     found, source = Statistics(rows=len(file)), Source(file, videos or "")
     state: dict[str, str] = {}  # of each video looked for: what is wrong with it
     for row in range(len(file)):
@@ -65,6 +82,10 @@ def survey(file: AnnotationFile, config: SampleConfig, max_seconds: float, video
         found.questions += len(clip.questions)
         found.words_left += script.words_left
         found.questions_left += script.questions_left
+        if write is not None and row % every == 0:
+            sample = write(clip)
+            found.tokens.append(len(sample.tokens))
+            found.labels.append(int((sample.labels != IGNORED).sum()))
     return found
 
 
@@ -89,6 +110,8 @@ def table(found: Statistics) -> list[str]:
             ("questions", f"{found.questions:,}"),
             ("never said", f"{found.words_left:,} words, {found.questions_left:,} questions"),
         ]
+    if found.tokens:
+        lines += [("tokens a row", _spread(found.tokens)), ("labels a row", _spread(found.labels))]
     width = max(len(name) for name, _ in lines) + 2
     return [f"{name:<{width}}{value}" for name, value in lines]
 
