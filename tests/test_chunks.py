@@ -3,13 +3,16 @@
 import itertools
 
 import pytest
+import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svlm_jax.configs.models import tiny
 from svlm_jax.data.annotations import Annotation, Question, Word
 from svlm_jax.data.chunks import ChunkConfig, chunk_times, make_chunks
-from svlm_jax.data.samples import SampleConfig, make_script
+from svlm_jax.data.samples import SampleConfig, lay_out, make_script
 from svlm_jax.errors import UserError
+from svlm_jax.streaming.prompt import PromptLayout
 
 
 def spoken(chunk: Annotation) -> list[str]:
@@ -72,6 +75,22 @@ def test_questions_go_to_every_chunk_that_covers_them():
     assert [make_script(chunk, SampleConfig()).questions_left for chunk in chunks] == [0, 0]
 
 
+@pytest.mark.parametrize("layout", ["published", "streaming"])
+@given(st.integers(0, 40), st.integers(1, 8), st.integers(1, 8))
+@settings(max_examples=20, deadline=None)
+def test_words_that_no_row_keeps_need_not_be_written(layout, count, sink, sliding):
+    words = tuple(Word(at / 10, at / 10 + 0.1, ["red", "goal!", "进球", "  "][at % 4]) for at in range(count))
+    whole = Annotation("a.mp4", 0.0, 8.0, "", "Kick-off.  \n Now: " * (count % 3), words)
+    sample = SampleConfig(layout, text_sink=sink, text_sliding=sliding)
+    tokenizer = small.tokenizer()
+    prompt, vision = PromptLayout.from_tokenizer(tokenizer), tiny().vision
+    cut = ChunkConfig(2.0, 1.0, previous_words=max(sink, sliding))
+    for full, short in zip(make_chunks(whole, ChunkConfig(2.0, 1.0)), make_chunks(whole, cut), strict=True):
+        assert len(short.previous.split()) == min(len(full.previous.split()), 2 * max(sink, sliding))
+        ours, theirs = (lay_out(clip, sample, (28, 28), tokenizer, prompt, vision) for clip in (short, full))
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+
+
 @pytest.mark.parametrize("end, count", [(0.4, 1), (24, 1), (24.5, 2), (36, 2), (36.1, 3), (3600, 299)])
 def test_how_many_chunks_a_video_has(end, count):
     assert len(chunk_times(0, end, ChunkConfig())) == count
@@ -81,3 +100,5 @@ def test_how_many_chunks_a_video_has(end, count):
 def test_windows_that_cannot_be(window, overlap, message):
     with pytest.raises(UserError, match=message):
         ChunkConfig(window, overlap)
+    with pytest.raises(UserError, match="previous_words must be at least 1"):
+        ChunkConfig(previous_words=0)

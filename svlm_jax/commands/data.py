@@ -60,6 +60,8 @@ def add_parser(subparsers: Any) -> None:
     chunk = subject("chunk", "cut long annotated videos into chunks that overlap")
     chunk.add_argument("--window", metavar="S", type=float, default=24.0, help="seconds a chunk (default: 24)")
     chunk.add_argument("--overlap", metavar="S", type=float, default=12.0, help="seconds it shares with the next (default: 12)")
+    kept = "keep but the first and the last N words of what was said before: no less than the tokens that rows keep (default: all words)"
+    chunk.add_argument("--previous-words", metavar="N", type=int, help=kept)
     chunk.add_argument("--out", metavar="FILE", required=True, help="the new annotation file")
 
     convert = subject("convert", "write the usable rows into one ArrayRecord file")
@@ -154,7 +156,7 @@ def _chunk(args: argparse.Namespace) -> int:
     from svlm_jax.data.annotations import AnnotationFile, UnusableRow, annotation_row
     from svlm_jax.data.chunks import ChunkConfig, make_chunks
 
-    config, files = ChunkConfig(args.window, args.overlap), [AnnotationFile(path) for path in args.files]
+    config, files = ChunkConfig(args.window, args.overlap, previous_words=args.previous_words), [AnnotationFile(path) for path in args.files]
     target, chunks, left_out = Path(args.out), 0, 0
     if any(target.exists() and target.samefile(file.path) for file in files):
         raise UserError(f"{target} is one of the files to be cut: choose another name for --out")
