@@ -267,7 +267,8 @@ def _video_stream(container, source: str):
 
 
 def _frame_rate(stream) -> Fraction | None:
-    return stream.average_rate or stream.guessed_rate
+    rate = stream.average_rate or stream.guessed_rate
+    return Fraction(rate.numerator, rate.denominator) if rate else None  # since PyAV 19 a type of its own
 
 
 def _cut_off(container, source: str) -> bool:
