@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def checked_modules() -> list[str]:
     return sorted({name if name.startswith("svlm_jax.") else f"svlm_jax.{name}" for name in names} - UNCHECKED)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and what tests start would too
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on how long it compiles
 # Programs that the command line compiles are kept for this run, by all workers together, and not in the user's cache.
