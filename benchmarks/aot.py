@@ -3,7 +3,7 @@
     pip install -e . libtpu && python benchmarks/aot.py --out benchmarks/tpu_aot.json
 
 Needs no accelerator: the compiler is in the libtpu package. The full 7B model in bfloat16, one stream of 720p video at the
-defaults, on one v6e chip and cut by heads over the four chips of a v5e host; 20 to 30 minutes on two cores, nearly all for `ingest`.
+defaults, on one v6e chip and cut by heads over the four chips of a v5e host; about five minutes on two cores.
 
 All bytes are those of one chip. `bytes_accessed` is the compiler's estimate; of a loop, as in `decode`, it counts one step.
 `temp_bytes` is what a program needs besides its arguments and results; results that alias the donated state take no room of their own.

@@ -1,6 +1,6 @@
 """The programs that serve, compiled ahead of time for TPUs that are not here: 7B widths, few layers; needs the libtpu package.
 
-All 28 layers take half an hour: `benchmarks/aot.py` compiles those, and `benchmarks/tpu_aot.json` has what it found.
+All layers take five minutes: `benchmarks/aot.py` compiles those, and `benchmarks/tpu_aot.json` has what it found.
 """
 
 import functools
