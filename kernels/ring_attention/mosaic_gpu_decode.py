@@ -109,7 +109,7 @@ def decode(shapes: DecodeShapes, q, k, v, hidden, tiles, first) -> tuple[jax.Arr
     def body(*refs):
         _decode(shapes, *refs)
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((*shares, h), jnp.float32), *(jax.ShapeDtypeStruct(shares, jnp.float32) for _ in range(2))],
         scratch_types=[
@@ -126,4 +126,5 @@ def decode(shapes: DecodeShapes, q, k, v, hidden, tiles, first) -> tuple[jax.Arr
         grid=(shapes.splits, shapes.kv_heads, shapes.batch),
         grid_names=("split", "head", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, hidden, tiles, first)
+    )
+    return tuple(launch(q, k, v, hidden, tiles, first))

@@ -164,7 +164,7 @@ def prefill(shapes: Shapes, q, k, v, hidden, self_k, self_v, self_hidden, tiles,
     def body(*refs):
         _prefill(shapes, *refs)
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((shapes.batch, shapes.length, shapes.heads, h), shapes.dtype),
@@ -188,4 +188,5 @@ def prefill(shapes: Shapes, q, k, v, hidden, self_k, self_v, self_hidden, tiles,
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, hidden, self_k, self_v, self_hidden, tiles, first)
+    )
+    return tuple(launch(q, k, v, hidden, self_k, self_v, self_hidden, tiles, first))
