@@ -9,7 +9,7 @@ from svlm_jax.commands.progress import ProgressLine
 SUMMARY = "convert a checkpoint: Hugging Face to Orbax and back, or to another dtype"
 DESCRIPTION = """\
 Writes the checkpoint SRC as directory DST. Without --to, Hugging Face's form becomes Orbax's, and Orbax's becomes Hugging Face's.
-Nothing is changed but what is asked for: there and back, every tensor is the same bit for bit. Memory stays below 3 GB.
+Nothing is changed but what is asked for: there and back, every tensor is the same bit for bit. Memory does not grow with the model.
 DST is written beside its place and renamed at the end, so it is whole or not there; it can be run again after an interruption.
 Example: svlm convert models/streamingvlm models/streamingvlm-orbax"""
 
