@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from svlm_jax.checkpoints.adapters import Merge, read_adapter
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find
 from svlm_jax.checkpoints.orbax_form import is_orbax, library, write_orbax
@@ -40,6 +41,7 @@ def convert(
     *,
     form: Form | None = None,
     dtype: Any = None,
+    adapter: str | Path | None = None,
     shard_bytes: float = 5e9,
     progress: Progress | None = None,
 ) -> Converted:
@@ -49,6 +51,7 @@ def convert(
       source: a directory of either form, or a name on the Hub.
       form: of the target; None is the form that the source does not have.
       dtype: of the target; None keeps every bit.
+      adapter: a LoRA adapter's directory, in PEFT's format, that is merged into the weights.
       shard_bytes: a safetensors file's size at most.
       progress: called with (bytes done, bytes in total).
 
@@ -66,7 +69,8 @@ def convert(
         raise UserError(f"{opened.dtype.name} cannot be written: choose {', '.join(kind.name for kind in FLOATS.values())}")
     count = sum(math.prod(shape) for shape in opened.shapes.values())
     total = count * opened.dtype.itemsize
-    parameters = Parameters(opened, config)
+    merge = None if adapter is None else Merge(read_adapter(adapter, config), config)
+    parameters = Parameters(opened, config, merge)
     with staged(target, need=total) as staging:
         if form == "orbax":
             write_orbax(staging, _counted(parameters, total, progress))

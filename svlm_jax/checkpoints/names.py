@@ -161,3 +161,10 @@ def canonical(name: str) -> str:
     for pattern, replacement in _SPELLINGS:
         name = pattern.sub(replacement, name)
     return name
+
+
+def in_memory(name: str) -> str:
+    """The spelling of transformers' own modules, from release 4.52 on; `canonical` backwards."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name

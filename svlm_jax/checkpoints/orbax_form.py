@@ -26,6 +26,7 @@ from svlm_jax.types import Params
 
 PARAMS = "params"
 CHUNK_BYTES = 32 << 20
+GROUP_BYTES = 512 << 20  # of parameters read or written together
 MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
 
 
@@ -132,7 +133,7 @@ def _place(path: Path_, places: Mapping[Path_, Any], stacked: bool) -> Any:
     return sharding
 
 
-def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int = 512 << 20) -> list[list[Path_]]:
+def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int = GROUP_BYTES) -> list[list[Path_]]:
     """The parameters in groups of at most `limit` bytes, in order; layers and blocks stay whole, and larger parameters are alone."""
     units: dict[Path_, list[Path_]] = {}
     for path in shapes:

@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory: pass the one that a Hugging Face model was downloaded to")
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds an adapter, not a model: merge it into its base model first (merge_and_unload in peft)")
+        raise UserError(f"{folder} holds an adapter, not a model: merge it into its base model first (svlm convert BASE DST --adapter DIR)")
     if any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}: download the index as well")
     if any(file.suffix in PICKLES for file in folder.iterdir()):

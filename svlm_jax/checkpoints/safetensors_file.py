@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
+from svlm_jax.checkpoints.copying import COPIERS, contiguous
 from svlm_jax.errors import UserError
 
 FLOATS = {
@@ -30,6 +31,7 @@ FLOATS = {
 }
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 WRITTEN_AT_ONCE = 64 << 20  # bytes
+FLUSHED_FROM = 32 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,10 @@ class Outgoing:
 
 
 def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray], *, written: Callable[[int], None] | None = None) -> None:
-    """Writes `tensors`, whose `values` are asked for one at a time and in the same order; `written` is told the bytes of each part."""
+    """Writes `tensors`, whose `values` are asked for one at a time and in the same order; `written` is told the bytes of each part.
+
+    A value is any view whose elements are the tensor's in row-major order; it is made contiguous band by band.
+    """
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
     for tensor in tensors:
@@ -136,14 +141,16 @@ def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
-    with open(file, "wb") as target, ThreadPoolExecutor(1) as writer:
+    with open(file, "wb") as target, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(COPIERS) as copiers:
         target.write(len(text).to_bytes(8, "little") + text)
         writing: Future[None] | None = None
         for tensor, value in zip(tensors, values, strict=True):
-            assert value.shape == tensor.shape and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(_write, target, np.ascontiguousarray(value).reshape(-1).view(np.uint8), written)
+            assert value.size == math.prod(tensor.shape) and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
+            for band in _bands(value):
+                raw = contiguous(band, copiers).reshape(-1).view(np.uint8)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(_write, target, raw, written)
             del value
         if writing is not None:
             writing.result()
@@ -151,13 +158,21 @@ def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]
         os.fsync(target.fileno())
 
 
+def _bands(value: np.ndarray) -> Iterator[np.ndarray]:
+    """The array in stretches of its first axis, of about WRITTEN_AT_ONCE bytes where that axis allows it."""
+    if value.nbytes <= WRITTEN_AT_ONCE or not value.ndim:
+        yield value
+        return
+    rows = max(1, WRITTEN_AT_ONCE * len(value) // value.nbytes)
+    for start in range(0, len(value), rows):
+        yield value[start : start + rows]
+
+
 def _write(target: BinaryIO, raw: np.ndarray, written: Callable[[int], None] | None) -> None:
-    """In a thread of its own, so that the next tensor is made while this one goes to the disk."""
-    for start in range(0, raw.size, WRITTEN_AT_ONCE):
-        part = raw[start : start + WRITTEN_AT_ONCE]
-        target.write(part.data)
-        if part.size == WRITTEN_AT_ONCE:  # keeps the disk busy all along, rather than at the end of the file
-            target.flush()
-            os.fsync(target.fileno())
-        if written is not None:
-            written(part.size)
+    """In a thread of its own, so that the next band is made while this one goes to the disk."""
+    target.write(raw.data)
+    if raw.size >= FLUSHED_FROM:  # keeps the disk busy all along, rather than at the end of the file
+        target.flush()
+        os.fsync(target.fileno())
+    if written is not None:
+        written(raw.size)

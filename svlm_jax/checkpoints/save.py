@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.checkpoints.copying import COPIERS, contiguous
 from svlm_jax.checkpoints.hub_config import TokenIds, write_config
 from svlm_jax.checkpoints.names import Index, Piece, name_table
 from svlm_jax.checkpoints.plan import INDEX, SINGLE, Path_, leaves
@@ -132,10 +130,9 @@ def write_weights(
 
 
 def _values(pieces: list[Piece], parameter: Callable[[Path_], Any]) -> Iterator[np.ndarray]:
-    """The tensors, one after the other."""
-    with ThreadPoolExecutor(COPIERS) as pool:
-        for piece in pieces:
-            yield contiguous(piece.unordered(_block(parameter(piece.path), piece.index)), pool).reshape(piece.source_shape)
+    """The tensors, one after the other, as views of the parameters where possible."""
+    for piece in pieces:
+        yield piece.unordered(_block(parameter(piece.path), piece.index))
 
 
 def _block(leaf: Any, index: Index) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Checkpoints on disk, of either form, whose parameters are read a group at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from svlm_jax.checkpoints.copying import COPIERS
 from svlm_jax.checkpoints.load import assemble
 from svlm_jax.checkpoints.names import Piece, name_table
-from svlm_jax.checkpoints.orbax_form import OrbaxSource, grouped, is_orbax
+from svlm_jax.checkpoints.orbax_form import GROUP_BYTES, OrbaxSource, grouped, is_orbax
 from svlm_jax.checkpoints.plan import Path_, plan
 from svlm_jax.checkpoints.safetensors_file import Mapped
 from svlm_jax.config import ModelConfig
@@ -63,16 +64,19 @@ class Parameters:
         self._next: Future[dict[Path_, np.ndarray]] | None = None
 
     def get(self, path: Path_) -> np.ndarray:
-        """One parameter; asked for in the order of `paths`, each group is read once, while the one before is used."""
+        """One parameter; asked for in the order of `paths`, each group is read once, and while the one before is used (large ones after)."""
         index = self._of[path]
         if self._index != index:
             self._held = {}
             coming, self._next = self._next, None
             found = coming.result() if coming is not None and index == self._index + 1 else self._group(index)
             self._index, self._held = index, found
-            if index + 1 < len(self._groups):
+            if index + 1 < len(self._groups) and max(self._bytes(index), self._bytes(index + 1)) <= GROUP_BYTES:
                 self._next = self._reader.submit(self._group, index + 1)
         return self._held[path]
+
+    def _bytes(self, index: int) -> int:
+        return self._source.dtype.itemsize * sum(math.prod(self._source.shapes[path]) for path in self._groups[index])
 
     def tensor_of(self, path: Path_) -> str:
         """The tensors of a parameter, by name."""

@@ -9,7 +9,7 @@ from svlm_jax.commands.progress import ProgressLine
 SUMMARY = "convert a checkpoint: Hugging Face to Orbax and back, or to another dtype"
 DESCRIPTION = """\
 Writes the checkpoint SRC as directory DST. Without --to, Hugging Face's form becomes Orbax's, and Orbax's becomes Hugging Face's.
-Nothing is changed but what is asked for: there and back, every tensor is the same bit for bit. Memory stays below 3 GB.
+Nothing is changed but what is asked for: there and back, every tensor is the same bit for bit. Memory does not grow with the model.
 DST is written beside its place and renamed at the end, so it is whole or not there; it can be run again after an interruption.
 Example: svlm convert models/streamingvlm models/streamingvlm-orbax"""
 
@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("target", metavar="DST", help="the directory to write, which must not exist")
     parser.add_argument("--to", choices=("hf", "orbax"), help="the form of DST (default: the one that SRC does not have)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the tensors (default: as they are)")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights on the way")
     parser.add_argument("--shard-gb", metavar="GB", type=_positive, default=5.0, help="a safetensors file's size at most (default: 5)")
 
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     kinds = {kind.name: kind for kind in FLOATS.values()}
     dtype = None if args.dtype is None else np.dtype(kinds[args.dtype])
     with ProgressLine("converted") as progress:
-        done = convert(args.source, args.target, form=args.to, dtype=dtype, shard_bytes=args.shard_gb * 1e9, progress=progress)
+        settings = {"form": args.to, "dtype": dtype, "adapter": args.adapter, "shard_bytes": args.shard_gb * 1e9}
+        done = convert(args.source, args.target, **settings, progress=progress)
     print(f"{done.path}: {done.parameters:,} parameters, {done.nbytes:,} bytes of {done.dtype.name} in {TITLES[done.form]}")
     return 0
 

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 from prompts import END, IMAGE, PARTS, START, STEPS, VIDEO, VOCABULARY, Prompt, prompt, prompts  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+from svlm_jax.checkpoints.adapters import read_adapter, save_adapter  # noqa: E402
 from svlm_jax.checkpoints.convert import convert  # noqa: E402
 from svlm_jax.checkpoints.hub_config import family_of, read_config  # noqa: E402
 from svlm_jax.checkpoints.load import load, load_params  # noqa: E402
@@ -224,6 +225,31 @@ def test_the_bundled_model_loads_there():
         our_logits(bundled.params, bundled.config, p), their_logits(model, bundled.config, p), atol=TOLERANCE, rtol=0
     )
     assert model.generation_config.eos_token_id[0] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_adapters_go_both_ways(tmp_path, family):
+    """peft's adapter, merged here, gives the logits of the model that has it; and one that is written here does in peft."""
+    peft = pytest.importorskip("peft")
+    model = theirs(family, layers=2)
+    model.save_pretrained(tmp_path / "base")
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "qkv"], "rank_pattern": {"down_proj": 2}}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = convert(tmp_path / "base", tmp_path / "merged", form="hf", adapter=tmp_path / "adapter").path
+    config, p = read_config(merged), prompts(family)["image"]
+    wanted = their_logits(adapted, config, p)
+    found = our_logits(load_params(merged, config), config, p)
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE, rtol=0)
+    base = model_class(family).from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    assert np.abs(their_logits(base, config, p) - wanted).max() > 10 * TOLERANCE
+    saved = save_adapter(read_adapter(tmp_path / "adapter", config), tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base, saved).eval()
+    np.testing.assert_allclose(their_logits(again, config, p), wanted, atol=1e-5, rtol=0)
 
 
 def test_pixels_become_their_patches():
