@@ -164,6 +164,18 @@ def test_every_row_once_an_epoch_and_the_rest_is_padding(config):
     assert collections.Counter(itertools.chain(*map(names, twice))) == dict.fromkeys(expected, 2)
 
 
+def test_hosts_that_run_dry_go_on_with_padding(config):
+    once = dataclasses.replace(config, rows=2, lanes=2, epochs=1, open_rows=1)
+    hosts = [iter(batches(once, shard=(host, 2), go_on=True)) for host in range(2)]
+    alone = [list(iter(batches(once, shard=(host, 2)))) for host in range(2)]
+    steps = max(map(len, alone)) + 1
+    for host, own in zip(hosts, alone, strict=True):
+        given = take(host, steps)
+        assert [rows.samples for rows in given[: len(own)]] == [rows.samples for rows in own]
+        for rows in given[len(own) :]:
+            assert rows.samples == ((),) and not rows.batch.segments.any() and rows.batch.tokens.shape == (1, 300)
+
+
 def test_a_mixture_keeps_its_weights(config):
     datasets = {"a": DatasetConfig(config.datasets["a"].path, weight=3), "b": DatasetConfig(config.datasets["b"].path, weight=1)}
     mixed = DataConfig(datasets, LOADER, SHAPE)
