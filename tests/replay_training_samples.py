@@ -29,7 +29,7 @@ vocabulary = functools.cache(oracle.tokenizer)
 def produce(sample: dict[str, Any]) -> dict[str, list[int]]:
     """`input_ids` and `labels` of one sample, from its other keys."""
     tokenizer = vocabulary()
-    config = SampleConfig("published", sample["fps"], sample["text_sink"] or 0, sample["text_sliding_window"] or 0)
+    config = SampleConfig("published", sample["fps"], sample["text_sink"] or 0, sample["text_sliding_window"] or 0)  # none: uncut
     height, width = sample["frame_hw"]
     annotation = annotation_from(sample["annotation"])
     row = lay_out(annotation, config, (height, width), tokenizer, PromptLayout.from_tokenizer(tokenizer), qwen2_5_vl_7b().vision)
@@ -52,7 +52,7 @@ def main() -> int:
     failed = 0
     for path in arguments.files:
         samples = oracle.read_json(path)
-        recorded = [{key: sample.pop(key) for key in ANSWERS if key in sample} for sample in samples]
+        recorded = [{key: ids for key in ANSWERS if (ids := sample.pop(key, None))} for sample in samples]
         produced = [{**sample, **produce(sample)} for sample in samples]
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)

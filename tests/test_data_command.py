@@ -165,5 +165,14 @@ def test_records_that_are_none(tmp_path):
         open_records(tmp_path / "bad.array_record")
 
 
+def test_without_the_library_records_say_what_to_install(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
+    monkeypatch.setitem(sys.modules, "grain.sources", None)
+    code, _, error = run(capsys, "convert", file, "--out", tmp_path / "clips.array_record")
+    assert code == 1 and error == "svlm: ArrayRecord files need grain and array_record: pip install 'svlm-jax[train]'\n"
+    with pytest.raises(UserError, match="need grain"):
+        open_records(tmp_path / "clips.array_record")
+
+
 def test_a_row_that_cannot_be_used_is_a_mistake_that_the_user_can_mend():
     assert issubclass(UnusableRow, UserError)

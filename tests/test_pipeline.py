@@ -102,9 +102,12 @@ def test_resumes_exactly_where_it_was_saved(config, workers):
     for _ in range(8):
         seen.append(next(iterator))
         states.append(iterator.get_state())
+    iterator.set_state(states[5])  # one that is running can be set back as well
+    for rest in seen[5:]:
+        same(next(iterator), rest)
     iterator.close()
     assert any(len(lane["open"]) > 1 or len(lane["open"][0]) > 1 for lane in states[3]["lanes"].values())  # it is the packing's state, too
-    for at in (0, 3, 6):
+    for at in (0, 3):
         again = iter(batches(config, workers))
         again.set_state(json.loads(json.dumps(states[at])))
         for rest in seen[at:]:
@@ -159,6 +162,18 @@ def test_every_row_once_an_epoch_and_the_rest_is_padding(config):
     assert seen[-1].skipped == {"b: doubled": 2}
     twice = list(iter(batches(DataConfig(config.datasets, LOADER, SHAPE, rows=4, lanes=4, epochs=2))))
     assert collections.Counter(itertools.chain(*map(names, twice))) == dict.fromkeys(expected, 2)
+
+
+def test_hosts_that_run_dry_go_on_with_padding(config):
+    once = dataclasses.replace(config, rows=2, lanes=2, epochs=1, open_rows=1)
+    hosts = [iter(batches(once, shard=(host, 2), go_on=True)) for host in range(2)]
+    alone = [list(iter(batches(once, shard=(host, 2)))) for host in range(2)]
+    steps = max(map(len, alone)) + 1
+    for host, own in zip(hosts, alone, strict=True):
+        given = take(host, steps)
+        assert [rows.samples for rows in given[: len(own)]] == [rows.samples for rows in own]
+        for rows in given[len(own) :]:
+            assert rows.samples == ((),) and not rows.batch.segments.any() and rows.batch.tokens.shape == (1, 300)
 
 
 def test_a_mixture_keeps_its_weights(config):

@@ -97,6 +97,7 @@ def test_the_recorded_samples(sample):
 @needs_vocabulary
 def test_replay_works_without_answers_and_finds_a_wrong_one(tmp_path):
     bare = [{key: value for key, value in sample.items() if key not in ("input_ids", "labels")} for sample in RECORDED[:2]]
+    bare[1] |= {"input_ids": None, "labels": []}
     wrong = [{**RECORDED[0], "labels": [*RECORDED[0]["labels"][:-1], 7]}]
     for name, samples in (("bare.json", bare), ("wrong.json.gz", wrong)):
         oracle.write_json(tmp_path / name, samples)

@@ -208,15 +208,15 @@ class _Lane(grain.DatasetIterator):
 class _Batches(grain.DatasetIterator):
     """This host's part of every batch."""
 
-    def __init__(self, lanes: dict[int, _Lane], config: DataConfig, vision: VisionConfig, print_: str):
+    def __init__(self, lanes: dict[int, _Lane], config: DataConfig, vision: VisionConfig, print_: str, go_on: bool):
         super().__init__(list(lanes.values()))
-        self._lanes, self._config, self._vision, self._print = lanes, config, vision, print_
+        self._lanes, self._config, self._vision, self._print, self._go_on = lanes, config, vision, print_, go_on
 
     def __next__(self) -> Rows:
         self._assert_not_closed()
         each = self._config.rows // self._config.lanes
         rows = [next(lane, None) for lane in self._lanes.values() for _ in range(each)]
-        if not any(rows):
+        if not any(rows) and not self._go_on:
             raise StopIteration
         filled = [row or OpenRow(self._config.shape) for row in rows]  # at the end of the last epoch lanes run dry one by one
         samples = tuple(tuple(item.name for item in row.items) for row in filled)
@@ -263,12 +263,13 @@ class PackedBatches(grain.IterDataset):
         sources: Mapping[str, Source],
         shard: tuple[int, int],
         workers: Workers,
+        go_on: bool,
     ):
         super().__init__(samples)
         index, count = shard
         if not 0 <= index < count or config.lanes % count:
             raise UserError(f"{config.lanes} lanes cannot be shared by {count} hosts: set lanes to a multiple of the number of hosts")
-        self._samples, self._config, self._vision, self._workers = samples, config, vision, workers
+        self._samples, self._config, self._vision, self._workers, self._go_on = samples, config, vision, workers, go_on
         self._print = fingerprint(config, sources)
         self._patience = min(max(PATIENCE[0], sum(len(source.rows) for source in sources.values())), PATIENCE[1])
         each = config.lanes // count
@@ -276,15 +277,27 @@ class PackedBatches(grain.IterDataset):
 
     def __iter__(self) -> _Batches:
         lanes = {n: _Lane(self._samples[n :: self._config.lanes], self._config, self._workers, self._patience) for n in self._numbers}
-        return _Batches(lanes, self._config, self._vision, self._print)
+        return _Batches(lanes, self._config, self._vision, self._print, self._go_on)
 
 
 def make_batches(
-    config: DataConfig, tokenizer: Tokenizer, vision: VisionConfig, *, shard: tuple[int, int] = (0, 1), workers: Workers | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    workers: Workers | None = None,
+    go_on: bool = False,
 ) -> grain.IterDataset:
-    """Batches of `rows` rows; this process gets those of host shard[0] of shard[1]: a run of `rows` / hosts rows, in order.
+    """Batches of `rows` rows. Elements are `Rows`; `iter` gives an iterator that can be saved and resumed.
 
-    Elements are `Rows`; `iter` gives an iterator that can be saved and resumed. Raises UserError where a data set cannot be opened.
+    Args:
+      shard: (this host, hosts): it gets a run of `rows` / hosts rows of each batch, in order.
+      go_on: batches of padding without end behind the last epoch. Hosts run dry one by one, and all must take part in every step: let
+        each go on until none of them has a sample.
+
+    Raises:
+      UserError: where a data set cannot be opened, or where the lanes cannot be shared by the hosts.
     """
     workers = workers or Workers()
     if not flags.FLAGS.is_parsed():
@@ -293,7 +306,7 @@ def make_batches(
     sources = {name: open_source(dataset) for name, dataset in config.datasets.items()}
     lengths = {name: len(source.rows) for name, source in sources.items()}
     samples = sample_order(config, lengths).map(SampleLoader(sources, config.loader, tokenizer, vision))
-    batches = PackedBatches(samples, config, vision, sources, shard, workers)
+    batches = PackedBatches(samples, config, vision, sources, shard, workers, go_on)
     if not workers.batches_ahead:
         return batches
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=workers.batches_ahead)

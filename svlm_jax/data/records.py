@@ -9,14 +9,18 @@ from typing import Any
 from svlm_jax.data.annotations import AnnotationFile, UnusableRow
 from svlm_jax.errors import UserError
 
+NEEDED = "ArrayRecord files need grain and array_record: pip install 'svlm-jax[train]'"
+
 
 class RecordFile(Sequence[bytes]):
     """The rows of one file, unchanged. Raises UserError where it cannot be opened."""
 
     def __init__(self, path: str | os.PathLike):
-        from grain.sources import ArrayRecordDataSource
-
         self.path = os.fspath(path)
+        try:
+            from grain.sources import ArrayRecordDataSource
+        except ImportError:
+            raise UserError(NEEDED) from None
         try:
             self._source: Any = ArrayRecordDataSource([self.path])
             self._size = len(self._source)
@@ -40,8 +44,10 @@ def convert(files: Iterable[AnnotationFile], out: str | os.PathLike) -> tuple[in
 
     The file appears under its name when it is whole. Raises UserError where it cannot be written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
+    try:
+        from array_record.python.array_record_module import ArrayRecordWriter
+    except ImportError:
+        raise UserError(NEEDED) from None
     target = Path(out)
     if target.suffix != ".array_record":
         raise UserError(f"{target}: name the file .array_record, so that it is known for one")
