@@ -50,8 +50,8 @@ def cudnn(q, k, v, valid, *, self_k, self_v, self_valid, regions: Regions) -> ja
 
 
 def relative_error(ours: jax.Array, truth: jax.Array) -> float:
-    ours, truth = (np.asarray(a, np.float64) for a in (ours, truth))
-    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+    found, true = (np.asarray(a, np.float64) for a in (ours, truth))
+    return float(np.linalg.norm(found - true) / np.linalg.norm(true))
 
 
 def check(backend: str, *, streams: int, tokens: int, regions: Regions) -> dict[str, float]:
@@ -117,7 +117,7 @@ def measure(*, streams: int, tokens: int, regions: Regions, layers: int = 8) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--slots", type=int, nargs="+", default=[15_104])
     parser.add_argument("--tokens", type=int, nargs="+", default=[768])
     parser.add_argument("--streams", type=int, default=1)

@@ -7,13 +7,16 @@
     M max_new_tokens
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
-Array = jax.Array | np.ndarray  # what goes into a compiled function may still be on the host
+if TYPE_CHECKING:  # either kind has methods that the other lacks; shapes and types of arrays are checked by the tests, at every call
+    Array = Any
+else:
+    Array = jax.Array | np.ndarray  # what goes into a compiled function may still be on the host
 Slot = int | Int[Array, ""]  # a slot of the cache, static or traced
 Params = dict[str, Any]  # nested dict of arrays, as `model.qwen_vl` lays them out
 

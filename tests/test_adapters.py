@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from svlm_jax.configs.models import tiny
 
 from svlm_jax import cli
 from svlm_jax.checkpoints.adapters import LowRank, read_adapter, save_adapter
 from svlm_jax.checkpoints.convert import convert
 from svlm_jax.checkpoints.hub_config import write_config
 from svlm_jax.checkpoints.names import canonical, in_memory, name_table
+from svlm_jax.configs.models import tiny
 from svlm_jax.errors import UserError
 
 CONFIG = tiny(96)

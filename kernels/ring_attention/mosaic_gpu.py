@@ -95,19 +95,17 @@ def _few(q, k, v, valid, self_k, self_v, self_valid, *, regions, scale) -> tuple
     padded = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - count), (0, 0)))
     sums, peak, total = decode(shapes, padded, k, v, jnp.where(valid, 0.0, HIDDEN).astype(jnp.float32), tiles, first)
     sums, peak, total = sums[..., :count, :], peak[..., :count], total[..., :count]
-    highest = jnp.max(peak, axis=2)
+    highest, summed, weighed = jnp.max(peak, axis=2), jnp.zeros_like(sums[:, :, 0]), jnp.zeros_like(total[:, :, 0])
     if self_k is not None and self_v is not None and self_valid is not None:
         scores = jnp.einsum("bkrh,bksh->bkrs", rows[:, :, -1], self_k, preferred_element_type=jnp.float32) * (scale * LOG2_E)
         sees = (jnp.arange(count)[:, None] // group >= jnp.arange(length)) & self_valid[:, None, None]
         scores = jnp.where(sees, scores, HIDDEN)
         highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
         own = jnp.exp2(scores - highest[..., None])
+        summed, weighed = jnp.einsum("bkrs,bksh->bkrh", own, self_v.astype(jnp.float32)), jnp.sum(own, axis=-1)
     weight = jnp.exp2(peak - highest[:, :, None])
-    summed = jnp.sum(sums * weight[..., None], axis=2)
-    weighed = jnp.sum(total * weight, axis=2)
-    if self_k is not None:
-        summed += jnp.einsum("bkrs,bksh->bkrh", own, self_v.astype(jnp.float32))
-        weighed += jnp.sum(own, axis=-1)
+    summed += jnp.sum(sums * weight[..., None], axis=2)
+    weighed += jnp.sum(total * weight, axis=2)
     safe = jnp.where(weighed == 0, 1.0, weighed)
     lse = jnp.where(weighed == 0, -jnp.inf, highest / LOG2_E + jnp.log(safe))
 

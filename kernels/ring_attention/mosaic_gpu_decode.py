@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import LOWEST, ROWS, TILE
+from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ACC, LOWEST, ROWS, TILE
 
 STAGES = 2
 
@@ -65,7 +65,7 @@ def _decode(shapes: DecodeShapes, q_ref, k_ref, v_ref, hidden_ref, tiles_ref, fi
             plgpu.wgmma(scores, q_smem.at[region], k_smem.at[slot].transpose((1, 0)))
             return scores[...]
 
-        scores = pl.run_scoped(product, plgpu.ACC((ROWS, TILE), jnp.float32))
+        scores = pl.run_scoped(product, ACC((ROWS, TILE), jnp.float32))
         hidden = plgpu.load(hidden_smem.at[slot], (), layout=plgpu.Layout.WGMMA.reduce(0))
         scores = scores * (shapes.scale * math.log2(math.e)) + lax.broadcast_in_dim(hidden, scores.shape, [1])
         new_peak = jnp.maximum(peak, scores.max(axis=1))
@@ -79,7 +79,7 @@ def _decode(shapes: DecodeShapes, q_ref, k_ref, v_ref, hidden_ref, tiles_ref, fi
         def weighted(acc_ref):
             plgpu.wgmma(acc_ref, low, v_smem.at[slot])
 
-        acc = pl.run_state(weighted)(plgpu.ACC.init(acc))
+        acc = pl.run_state(weighted)(ACC.init(acc))
         pl.when(index + STAGES < stop)(lambda: fetch(index + STAGES))
         return acc, new_peak, total
 

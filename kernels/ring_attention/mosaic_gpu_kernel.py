@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # public, as jax documents it
 ROWS = 64  # query rows of a warpgroup
 GROUPS = 2  # warpgroups that compute
 TILE = 128  # keys a step
@@ -75,7 +76,7 @@ def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v
                 take_turns()
                 return scores[...]
 
-            scores = pl.run_scoped(product, plgpu.ACC((ROWS, TILE), jnp.float32))
+            scores = pl.run_scoped(product, ACC((ROWS, TILE), jnp.float32))
             hidden = plgpu.load(hidden_smem.at[slot], (), layout=plgpu.Layout.WGMMA.reduce(0))
             plgpu.barrier_arrive(k_free.at[slot])
             scores = scores * (shapes.scale * math.log2(math.e)) + lax.broadcast_in_dim(hidden, scores.shape, [1])
@@ -97,7 +98,7 @@ def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v
             def weighted(acc_ref):
                 plgpu.wgmma(acc_ref, low, v_smem.at[slot])
 
-            acc = pl.run_state(weighted)(plgpu.ACC.init(acc))
+            acc = pl.run_state(weighted)(ACC.init(acc))
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_peak, total
 

@@ -116,8 +116,10 @@ class Packer:
 def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -> Batch:
     """The arrays of some rows, which may be empty; padding is PADDING, IGNORED and zeros."""
     b, t, g, w = len(rows), shape.tokens, shape.bins, shape.windows
-    p = (vision.window_size // vision.patch_size) ** 2
-    merged = p // vision.spatial_merge_size**2
+    if vision.window_size is None:
+        raise UserError("a vision tower without attention windows cannot be trained on packed rows: take a Qwen2.5-VL model")
+    merged = (vision.window_size // vision.merged_patch_size) ** 2  # tokens of a window
+    p = merged * vision.spatial_merge_size**2
     tokens, labels = np.zeros((b, t), np.int32), np.full((b, t), IGNORED, np.int32)
     positions, segments = np.zeros((b, t, 3), np.int32), np.full((b, t), PADDING, np.int32)
     patches = np.zeros((b, g, w, p, vision.patch_features), np.uint8)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -34,7 +34,7 @@ UNINDEXED = ("mpeg", "mpegts")  # after a seek their times need a second to sett
 LEAP = 10  # seconds; a longer step of a broadcast's clock is a splice and no long frame (the threshold of ffmpeg's command line)
 NETWORK_TIMEOUT = (10.0, 30.0)  # seconds to open a URL, and to wait for its next bytes
 # PyAV 19 is lenient by itself and no longer takes the argument
-LENIENT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 LEAVE_BEHIND = 5.0  # seconds to wait for a reading thread that a stalled network keeps busy; it ends by itself later
 TICK = Fraction(1, 1000)  # seconds; containers round the end of the last frame, by a millisecond in Matroska
 BROKEN_READS = 64  # unreadable stretches in a row after which the file counts as ended
@@ -165,8 +165,8 @@ class VideoReader:
                     failures = 0
                     stamp, index = packet.dts if packet.pts is None else packet.pts, packet.stream.index
                     if stamp is not None:
-                        end = (stamp + (packet.duration or 0)) * (packet.time_base or self._base)
-                        self._read_to[index] = max(self._read_to.get(index, end), end)
+                        end = (stamp + (packet.duration or 0)) * Fraction(packet.time_base or self._base)
+                        self._read_to[index] = max(self._read_to.get(index) or end, end)
                     if index == self._stream.index:
                         yield from self._decode_packet(packet)
                 return

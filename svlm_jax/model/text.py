@@ -27,7 +27,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, declare: Declare):
         c, groups = config, config.num_attention_heads // config.num_key_value_heads
         self.config = config
-        d, f, k, h = c.hidden_size, c.intermediate_size, c.num_key_value_heads, c.head_dim
+        d, f, k, h = c.hidden_size, c.intermediate_size, c.num_key_value_heads, c.head_dim or 0
         self.attention_norm = declare((d,), ("norm",), ones)
         self.qkv = declare((d, k, groups + 2, h), ("embed", "kv_heads", None, "head_dim"), fan_in(-4))
         self.qkv_bias = declare((k, groups + 2, h), ("kv_heads", None, "head_dim"), zeros)

@@ -92,7 +92,7 @@ def _cached_layer(layer, x, k, v, valid, query_turn, key_turn, fresh_valid, slot
         q = rotate(q[:, None], query_turn)
         fresh_k, fresh_v = jnp.swapaxes(rotate(fresh_k, key_turn), 1, 2), jnp.swapaxes(fresh_v, 1, 2)
         out, _ = ring_attention(q, k, v, valid, regions=regions, self_k=fresh_k, self_v=fresh_v, self_valid=fresh_valid)
-        runs = [Run(*rows, slot, streams) for rows, slot, streams in zip(shape, slots, only, strict=True)]
+        runs = [Run(row, count, slot, streams) for (row, count), slot, streams in zip(shape, slots, only, strict=True)]
         with jax.named_scope("append"):
             written.extend(_append(cache, rows, runs) for cache, rows in ((k, fresh_k), (v, fresh_v)))
         return out
@@ -406,11 +406,11 @@ def _header_rows(cache: CacheLayout, length: Int[Array, ""]) -> Int[Array, "slot
     Word n goes to the sink while n < sink, the last `ring` words to the ring at (n - sink) mod ring, and what lies between
     (an initial text longer than both) to the spill, for the first round only.
     """
-    rows = np.full(cache.regions[cache.words_region][1], -1, np.int32)
-    rows[: cache.header] = np.arange(cache.header)
+    static = np.full(cache.regions[cache.words_region][1], -1, np.int32)
+    static[: cache.header] = np.arange(cache.header)
     close = cache.header + cache.words_capacity
-    rows[cache.closing_slot : cache.spill_slot] = np.arange(close, close + cache.spill_slot - cache.closing_slot)
-    rows = jnp.asarray(rows)
+    static[cache.closing_slot : cache.spill_slot] = np.arange(close, close + cache.spill_slot - cache.closing_slot)
+    rows: Array = jnp.asarray(static)
 
     def put(start: int, word: Array, fits: Array) -> None:
         nonlocal rows
