@@ -166,7 +166,8 @@ class VideoReader:
                     stamp, index = packet.dts if packet.pts is None else packet.pts, packet.stream.index
                     if stamp is not None:
                         end = (stamp + (packet.duration or 0)) * Fraction(packet.time_base or self._base)
-                        self._read_to[index] = max(self._read_to.get(index) or end, end)
+                        known = self._read_to.get(index)
+                        self._read_to[index] = end if known is None else max(known, end)
                     if index == self._stream.index:
                         yield from self._decode_packet(packet)
                 return
