@@ -14,7 +14,7 @@ from svlm_jax.model.layers import Declare, run_layers
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
 from svlm_jax.model.text import Decoder
 from svlm_jax.model.vision import VisionTower
-from svlm_jax.types import Array, Bool, Float, Int, Params, UInt8
+from svlm_jax.types import Array, Float, Int, Params, UInt8
 
 
 class QwenVL(nnx.Module):
