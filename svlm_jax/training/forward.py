@@ -14,6 +14,7 @@ from svlm_jax.model.packed_vision import packed_features
 from svlm_jax.model.qwen_vl import QwenVL, bind, embed_prompt, is_stacked, logical_axes
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
 from svlm_jax.training.attention import Attention
+from svlm_jax.training.lora import Adapters
 from svlm_jax.training.placement import Placement
 from svlm_jax.training.remat import rematerialised
 from svlm_jax.types import Array, Float, Params
@@ -30,7 +31,9 @@ class Recipe:
     vision_remat: str  # of vision blocks, where they are trained
 
 
-def hidden_states(params: Params, config: ModelConfig, batch: Batch, recipe: Recipe) -> tuple[QwenVL, Float[Array, "B T D"]]:
+def hidden_states(
+    params: Params, config: ModelConfig, batch: Batch, recipe: Recipe, adapters: Adapters | None = None
+) -> tuple[QwenVL, Float[Array, "B T D"]]:
     """(the model, with all but its layers gathered; the last layer's output). The parameters' layers are to be stacked.
 
     A mesh's fsdp axis leaves each weight in pieces: they are gathered where they are used, a layer at a time.
@@ -47,7 +50,7 @@ def hidden_states(params: Params, config: ModelConfig, batch: Batch, recipe: Rec
         rows = batch.places.shape[0]
         x = place.rows(embed_prompt(model, batch.tokens, features, batch.places.reshape(rows, -1)))
     with jax.named_scope("decoder"):
-        return model, _decode(model, x, batch, recipe, axes["text"]["layers"])
+        return model, _decode(model, x, batch, recipe, axes["text"]["layers"], adapters or Adapters())
 
 
 def _features(model: QwenVL, batch: Batch, recipe: Recipe) -> Float[Array, "B C D"]:
@@ -76,7 +79,9 @@ def _features(model: QwenVL, batch: Batch, recipe: Recipe) -> Float[Array, "B C 
     return features.reshape(rows, -1, features.shape[-1])
 
 
-def _decode(model: QwenVL, x: Array, batch: Batch, recipe: Recipe, axes: dict[str, tuple[str | None, ...]]) -> Array:
+def _decode(
+    model: QwenVL, x: Array, batch: Batch, recipe: Recipe, axes: dict[str, tuple[str | None, ...]], adapters: Adapters
+) -> Array:
     c, place = model.text.config, recipe.placement
     cos, sin = mrope_rotation(batch.positions, sections=c.mrope_section, theta=c.rope_theta, denominator=recipe.unit)
     rotation = Rotation(*(place.rows(a)[:, :, None] for a in (cos, sin)))
@@ -88,9 +93,10 @@ def _decode(model: QwenVL, x: Array, batch: Batch, recipe: Recipe, axes: dict[st
     layers: Any = nnx.to_pure_dict(state)
     unstacked = {name: axes[name][1:] for name in layers}
 
-    def layer(x: Array, weights: Any) -> tuple[Array, None]:
-        module = nnx.merge(graphdef, place.gather(weights, unstacked))
-        return place.rows(module(x, attend)), None
+    def layer(x: Array, weights: tuple[Any, Adapters]) -> tuple[Array, None]:
+        module = nnx.merge(graphdef, place.gather(weights[0], unstacked))
+        return place.rows(module(x, attend, weights[1].product)), None
 
-    x, _ = jax.lax.scan(rematerialised(layer, recipe.remat, scanned=True), x, layers, length=c.num_hidden_layers)
+    body = rematerialised(layer, recipe.remat, scanned=True)
+    x, _ = jax.lax.scan(body, x, (layers, adapters), length=c.num_hidden_layers)
     return x
