@@ -5,19 +5,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import packed
 from jax.sharding import Mesh
 
 from svlm_jax.config import ModelConfig
 from svlm_jax.configs.models import tiny
 from svlm_jax.data.batch import Batch
-from svlm_jax.model.qwen_vl import init_params
+from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.sharding import make_mesh
 from svlm_jax.training.attention import Job, choose
 from svlm_jax.training.forward import Recipe
 from svlm_jax.training.optimizer import OptimizerConfig
 from svlm_jax.training.placement import Placement
 from svlm_jax.training.step import StepConfig, Trainer, TrainState
+from svlm_jax.types import Params
 
 TOKENS = 48
 
@@ -40,11 +42,14 @@ def trainer(step: StepConfig, *, mesh: Mesh | None = None, remat: str = "gate_up
     return Trainer(model(), step, Recipe(attention, Placement(mesh), 1, remat, "full"), steps)
 
 
-def start(trainer: Trainer, seed: int = 0) -> TrainState:
-    def draw():
-        return trainer.init(init_params(trainer.model, jax.random.key(seed), stacked=True), jax.random.key(1))
+def params(seed: int = 0) -> Params:
+    """Random parameters, drawn by NumPy, as compiling JAX's draws takes longer than all else."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32), abstract_params(model(), stacked=True))
 
-    return jax.jit(draw, out_shardings=trainer.shardings())()
+
+def start(trainer: Trainer, seed: int = 0) -> TrainState:
+    return jax.jit(trainer.init, out_shardings=trainer.shardings())(params(seed), jax.random.key(1))
 
 
 @functools.cache

@@ -32,14 +32,12 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "nothing": None,
     "products": _or_kernel(_names(*KEPT, "gate_up", RESIDUALS)),
     "gate_up": _or_kernel(_names(*KEPT, RESIDUALS)),
-    "heads": _or_kernel(_names("heads", RESIDUALS)),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 SUMMARIES = {
     "nothing": "keeps everything, recomputes nothing",
     "products": "keeps the results of all products and of attention; recomputes norms, rotations and activations",
     "gate_up": "keeps the products of attention; recomputes gate and up, by far the largest to keep",
-    "heads": "keeps attention's result alone; recomputes all products",
     "full": "keeps each layer's input; recomputes all of it",
 }
 
