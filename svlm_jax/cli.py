@@ -15,6 +15,7 @@ from svlm_jax.errors import UserError
 COMMANDS = {  # each a module of svlm_jax.commands, imported only when it is called
     "caption": "comment on a video, on the terminal and in caption files",
     "bench": "measure how fast this device is",
+    "data": "look at training data and prepare it",
 }
 INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143  # 128 + the number of the signal, as shells have it
 

@@ -9,6 +9,7 @@ import jaxtyping
 
 ROOT = Path(__file__).parent.parent
 UNCHECKED = {
+    "svlm_jax.data.batch",  # a pytree: it holds arrays of the host, of devices, shapes and tracers
     "svlm_jax.streaming.state",  # its dataclasses are pytrees, which hold shapes, shardings and tracers as well as arrays
     "svlm_jax.data.batch",  # as are these
     "svlm_jax.training.loss",

@@ -1,0 +1,143 @@
+"""Several samples in one row, told apart by segment ids, at one fixed shape (`data.batch`).
+
+Packing is online and first-fit: a sample goes into the first of a few open rows that has room for its tokens and its grids;
+where none has, the oldest row is closed. Nothing is cut in two and nothing is reordered within a row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from svlm_jax.config import VisionConfig
+from svlm_jax.data.annotations import UnusableRow
+from svlm_jax.data.batch import IGNORED, PADDING, Batch
+from svlm_jax.data.patches import grid_order
+from svlm_jax.data.samples import Sample
+from svlm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The shape of every row of a batch. A grid of height x width pixels takes ceil(height / 112) * ceil(width / 112) windows."""
+
+    tokens: int = 20_480  # T
+    bins: int = 28  # G; full attention of the vision tower is over one bin at a time
+    windows: int = 45  # W of a bin: 45 are one grid of 720p video (560 x 1008 pixels)
+
+    def __post_init__(self):
+        if min(self.tokens, self.bins, self.windows) < 1:
+            raise UserError(f"a row of {self.tokens} tokens and {self.bins} bins of {self.windows} windows: all must be at least 1")
+
+
+class Loaded(NamedTuple):
+    """A sample with its pixels, ready to be packed. A pytree, so that worker processes hand arrays over in shared memory."""
+
+    name: str  # data set and row, as messages call it
+    sample: Sample
+    patches: np.ndarray  # uint8 [grids, w, p, features], all turns' clips one after the other
+    frame_hw: tuple[int, int]  # pixels
+    number: int = 0  # in the order of its lane (`data.pipeline`)
+
+    @property
+    def windows(self) -> int:
+        """Of one grid."""
+        return self.patches.shape[1]
+
+
+@dataclasses.dataclass
+class OpenRow:
+    """A row that is being filled. `free` is what each bin has left, in windows."""
+
+    shape: RowShape
+    items: list[Loaded] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    free: list[int] = dataclasses.field(default_factory=list)
+    bins: list[list[int]] = dataclasses.field(default_factory=list)  # of each item: the bin of each of its grids
+
+    def __post_init__(self):
+        self.free = self.free or [self.shape.windows] * self.shape.bins
+
+    def add(self, item: Loaded) -> bool:
+        """Whether the sample fits; it is in the row then."""
+        if self.tokens + len(item.sample.tokens) > self.shape.tokens:
+            return False
+        free, bins, at = list(self.free), [], 0
+        for _ in range(len(item.patches)):
+            while at < len(free) and free[at] < item.windows:
+                at += 1
+            if at == len(free):
+                return False
+            free[at] -= item.windows
+            bins.append(at)
+        self.free, self.tokens = free, self.tokens + len(item.sample.tokens)
+        self.items.append(item)
+        self.bins.append(bins)
+        return True
+
+
+def check_fits(item: Loaded, shape: RowShape) -> None:
+    """Raises UnusableRow where a sample has no room even in an empty row."""
+    length = len(item.sample.tokens)
+    if length > shape.tokens:
+        raise UnusableRow("longer than a row", f"{length} tokens, and a row has {shape.tokens}")
+    if item.windows > shape.windows:
+        raise UnusableRow("frames larger than a bin", f"{item.windows} windows a grid, and a bin has {shape.windows}")
+    if len(item.patches) > shape.bins * (shape.windows // item.windows):
+        grids = shape.bins * (shape.windows // item.windows)
+        raise UnusableRow("more video than a row", f"{len(item.patches)} grids of {item.windows} windows, and a row has room for {grids}")
+
+
+class Packer:
+    """First-fit over at most `open_rows` open rows. Holds nothing but these rows."""
+
+    def __init__(self, shape: RowShape, open_rows: int = 2):
+        if open_rows < 1:
+            raise UserError(f"open_rows must be at least 1, not {open_rows}")
+        self.shape, self.limit = shape, open_rows
+        self.rows: list[OpenRow] = []
+
+    def add(self, item: Loaded) -> OpenRow | None:
+        """Takes a sample; gives the row that had to be closed for it, if any. Raises UnusableRow as `check_fits` does."""
+        check_fits(item, self.shape)
+        if any(row.add(item) for row in self.rows):
+            return None
+        closed = self.rows.pop(0) if len(self.rows) == self.limit else None
+        self.rows.append(OpenRow(self.shape))
+        assert self.rows[-1].add(item)
+        return closed
+
+    def flush(self) -> OpenRow | None:
+        """The oldest open row, or None where there is none left."""
+        return self.rows.pop(0) if self.rows else None
+
+
+def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -> Batch:
+    """The arrays of some rows, which may be empty; padding is PADDING, IGNORED and zeros."""
+    b, t, g, w = len(rows), shape.tokens, shape.bins, shape.windows
+    p = (vision.window_size // vision.patch_size) ** 2
+    merged = p // vision.spatial_merge_size**2
+    tokens, labels = np.zeros((b, t), np.int32), np.full((b, t), IGNORED, np.int32)
+    positions, segments = np.zeros((b, t, 3), np.int32), np.full((b, t), PADDING, np.int32)
+    patches = np.zeros((b, g, w, p, vision.patch_features), np.uint8)
+    coordinates, valid = np.zeros((b, g, w, p, 2), np.int32), np.zeros((b, g, w, p), np.bool_)
+    grids, places = np.full((b, g, w), PADDING, np.int32), np.full((b, g, w, merged), t, np.int32)
+    for index, row in enumerate(rows):
+        begin, used, count = 0, [0] * g, [0] * g
+        for segment, (item, bins) in enumerate(zip(row.items, row.bins, strict=True), start=1):
+            sample, order = item.sample, grid_order(vision, *item.frame_hw)
+            part = slice(begin, begin + len(sample.tokens))
+            tokens[index, part], labels[index, part] = sample.tokens, sample.labels
+            positions[index, part], segments[index, part] = sample.positions, segment
+            pads = sample.places.reshape(len(item.patches), -1) + begin
+            for grid, (target, rows_of) in enumerate(zip(bins, pads, strict=True)):
+                here = (index, target, slice(used[target], used[target] + item.windows))
+                used[target] += item.windows
+                count[target] += 1
+                patches[here], coordinates[here], valid[here] = item.patches[grid], order.coordinates, order.valid
+                grids[here] = count[target]
+                places[here] = np.where(order.tokens >= 0, rows_of[order.tokens], t)
+            begin += len(sample.tokens)
+    arrays: Any = (tokens, labels, positions, segments, patches, coordinates, valid, grids, places)  # on the host as yet
+    return Batch(*arrays)

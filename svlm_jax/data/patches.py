@@ -1,0 +1,47 @@
+"""Frames as raw patches in the vision tower's window order (`model.vision.window_order`). NumPy only, uint8 throughout."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from svlm_jax.config import VisionConfig
+from svlm_jax.model.vision import window_order
+from svlm_jax.types import Bool, Int, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class GridOrder:
+    """What is the same for every grid (pair of frames) of one size: w windows of p patches, m of them merged to a token."""
+
+    coordinates: Int[np.ndarray, "w p 2"]  # (row, column) of a patch in its grid; of padding 0
+    valid: Bool[np.ndarray, "w p"]
+    tokens: Int[np.ndarray, "w merged"]  # token, counted by rows, in each place of p / m; of padding -1
+    source: Int[np.ndarray, "places"]  # patch in processor order in each place; padding repeats patch 0
+
+
+@functools.lru_cache(maxsize=64)
+def grid_order(vision: VisionConfig, height: int, width: int) -> GridOrder:
+    """The order of a frame of height x width pixels (multiples of a merged patch)."""
+    order, merge = window_order(vision, height, width), vision.spatial_merge_size
+    columns = width // vision.merged_patch_size
+    token, inner = np.divmod(order.source, merge**2)
+    row, column = np.divmod(token, columns)[0] * merge + inner // merge, token % columns * merge + inner % merge
+    shape = order.windows, order.window_patches
+    coordinates = np.stack([row, column], -1).reshape(*shape, 2) * order.valid[..., None]
+    tokens = np.where(order.valid.reshape(-1, merge**2)[:, 0], token.reshape(-1, merge**2)[:, 0], -1)
+    return GridOrder(coordinates.astype(np.int32), order.valid, tokens.reshape(order.windows, -1).astype(np.int32), order.source)
+
+
+def window_patches(frames: UInt8[np.ndarray, "F height width 3"], vision: VisionConfig) -> UInt8[np.ndarray, "grids w p features"]:
+    """Frames as patches (colour, frame, y, x) in window order; padding repeats patch 0. An odd last frame is repeated."""
+    patch, merge, depth = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    if len(frames) % depth:
+        frames = np.concatenate([frames, np.repeat(frames[-1:], depth - len(frames) % depth, axis=0)])
+    count, height, width, channels = frames.shape
+    h, w = height // vision.merged_patch_size, width // vision.merged_patch_size
+    x = frames.reshape(count // depth, depth, h, merge, patch, w, merge, patch, channels)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # grid, h, w, row in merge, column in merge, colour, frame, y, x
+    x = x.reshape(count // depth, h * w * merge**2, vision.patch_features)
+    order = grid_order(vision, height, width)
+    return x[:, order.source].reshape(len(x), *order.valid.shape, vision.patch_features)
