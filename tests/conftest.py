@@ -11,7 +11,6 @@ ROOT = Path(__file__).parent.parent
 UNCHECKED = {
     "svlm_jax.data.batch",  # a pytree: it holds arrays of the host, of devices, shapes and tracers
     "svlm_jax.streaming.state",  # its dataclasses are pytrees, which hold shapes, shardings and tracers as well as arrays
-    "svlm_jax.data.batch",  # as are these
     "svlm_jax.training.loss",
     "svlm_jax.training.step",
     "svlm_jax.generate",  # its Model is a protocol that cannot be checked while running

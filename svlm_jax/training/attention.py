@@ -98,8 +98,14 @@ def _splash(job: Job) -> Attention:
     def make(mask: Any, heads: int, length: int, local: int, head_shards: int, sequence: int) -> Any:
         q, kv = block(local), block(length)
         sizes = kernels.BlockSizes(
-            **{"block_q": q, "block_kv": kv, "block_kv_compute": kv, "block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": kv},
-            **{"block_q_dq": q, "block_kv_dq": kv},
+            block_q=q,
+            block_kv=kv,
+            block_kv_compute=kv,
+            block_q_dkv=q,
+            block_kv_dkv=kv,
+            block_kv_dkv_compute=kv,
+            block_q_dq=q,
+            block_kv_dq=kv,
         )
         return kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * heads),
@@ -158,7 +164,7 @@ def _splash(job: Job) -> Attention:
 # cuDNN
 
 
-def _cudnn_packed() -> Callable[..., Array]:
+def _cudnn_packed() -> Callable[..., Any]:
     """JAX's entry to cuDNN that takes packed rows; `jax.nn.dot_product_attention` has no argument for them yet."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 

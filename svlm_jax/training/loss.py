@@ -65,7 +65,7 @@ def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk
         order = jnp.pad(order, [(0, 0), (0, missing)])
         asked = jnp.pad(jnp.take_along_axis(asked, order[:, : x.shape[1]], 1), [(0, 0), (0, missing)])
         targets = jnp.take_along_axis(targets, order, 1)
-        pieces = tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (order, targets, asked))
+        pieces: Any = tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (order, targets, asked))
 
         @jax.checkpoint
         def some(places: Array, targets: Array, asked: Array) -> tuple[Sums, Array]:

@@ -77,7 +77,7 @@ def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, state)
+        wide: Any = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, state)
         updates, wide = inner.update(updates, wide, params)
         return updates, kept(wide, jax.random.key(wide.count))
 

@@ -20,7 +20,7 @@ def flatten(params: dict[Any, Any], prefix: str = "") -> Flat:
 
 def unflatten(flat: Flat) -> Params:
     """`flatten` backwards; numbers in a path are integers, as blocks are counted in the parameters."""
-    out: Params = {}
+    out: dict[Any, Any] = {}
     for path, leaf in flat.items():
         *parents, name = (int(part) if part.isdigit() else part for part in path.split("."))
         inner = out
