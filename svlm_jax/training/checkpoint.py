@@ -82,11 +82,12 @@ def restore_params(directory: Path, step: int | None = None) -> Params:
 
     Adapters stay beside the weights that they belong to (`lora_a`, `lora_b`); `training.lora.merged` adds them.
     """
-    with ocp.CheckpointManager(directory.resolve()) as manager:
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("trained", "frozen")}
+    with ocp.CheckpointManager(directory.resolve(), item_handlers=handlers) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
             raise UserError(f"{directory} holds no checkpoint{'' if step is None else f' of step {step}'}")
-        there = [name for name in ("trained", "frozen") if (Path(directory) / str(step) / name).exists()]
+        there = [name for name in handlers if (Path(directory) / str(step) / name).exists()]
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         flat: Flat = {}
         for name in there:

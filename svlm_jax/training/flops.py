@@ -5,8 +5,8 @@ tokens alone; nothing is counted twice for being recomputed. Backward: the same 
 """
 
 import dataclasses
+from typing import Any
 
-import jax
 import numpy as np
 
 from svlm_jax.config import ModelConfig, VisionConfig
@@ -77,7 +77,7 @@ def _vision(c: VisionConfig, batch: Batch) -> float:
     return 2 * patches * (c.depth * products + c.patch_features * c.hidden_size + merger / c.spatial_merge_size**2) + attention
 
 
-def peak(device: jax.Device) -> float | None:
+def peak(device: Any) -> float | None:
     """Operations a second of this device at best; None where it is not in the table."""
     kinds = sorted((kind for kind in PEAKS if kind in device.device_kind), key=len)
     return PEAKS[kinds[-1]] if kinds else None
