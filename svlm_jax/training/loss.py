@@ -5,6 +5,7 @@ logits are computed again in the backward pass: [T, V] never exists.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -67,13 +68,14 @@ def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk
         targets = jnp.take_along_axis(targets, order, 1)
         pieces: Any = tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (order, targets, asked))
 
-        @jax.checkpoint
         def some(places: Array, targets: Array, asked: Array) -> tuple[Sums, Array]:
             return _of_logits(text.logits(jnp.take_along_axis(x, places[..., None], 1)), targets, asked)
 
         zero = jnp.zeros((), jnp.float32)
         nothing = (Sums(zero, zero, zero, jnp.zeros(x.shape[0], jnp.float32)), zero)
 
+        # Around the condition too: what a branch keeps would be kept for every chunk, the head included
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(total: Any, piece: tuple[Array, Array, Array]) -> tuple[Any, None]:
             found = jax.lax.cond(jnp.any(piece[2]), some, lambda *_: nothing, *piece)
             return jax.tree.map(jnp.add, total, found), None
