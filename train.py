@@ -88,8 +88,7 @@ def train(config: RunConfig) -> TrainState:
 
 def make_recipe(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Recipe:
     """How the forward pass runs on this mesh."""
-    shape, window = config.data.shape, (model.vision.window_size // model.vision.patch_size) ** 2
-    job = Job(model, mesh, jax.default_backend(), shape.tokens, shape.windows * window, config.max_segments, config.step.dtype)
+    job = Job(model, mesh, jax.default_backend(), config.data.shape.tokens, config.max_segments, config.step.dtype)
     unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
     return Recipe(choose(config.attention, job), Placement(mesh), unit, config.remat, config.vision_remat)
 

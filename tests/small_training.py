@@ -38,7 +38,7 @@ def config(**changes) -> StepConfig:
 
 def trainer(step: StepConfig, *, mesh: Mesh | None = None, remat: str = "gate_up", steps: int = 100) -> Trainer:
     mesh = mesh or make_mesh()
-    attention = choose("xla", Job(model(), mesh, "cpu", TOKENS, 256, 4, jnp.float32))
+    attention = choose("xla", Job(model(), mesh, "cpu", TOKENS, 4, jnp.float32))
     return Trainer(model(), step, Recipe(attention, Placement(mesh), 1, remat, "full"), steps)
 
 

@@ -24,7 +24,7 @@ ROWS = [[A, B], [C, A, C]]
 
 def recipe(**changes) -> Recipe:
     mesh = make_mesh()
-    attention = choose("xla", Job(CONFIG, mesh, "cpu", 96, 256, 4, jnp.float32))
+    attention = choose("xla", Job(CONFIG, mesh, "cpu", 96, 4, jnp.float32))
     return dataclasses.replace(Recipe(attention, Placement(mesh), UNIT, "full", "nothing"), **changes)
 
 

@@ -61,14 +61,14 @@ def test_segments_as_cudnn_takes_them():
 
 def job(platform, *, dtype="bfloat16", tokens=20_480, **axes):
     mesh = AbstractMesh(tuple(axes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-    return Job(qwen2_5_vl_7b(), mesh, platform, tokens, 3072, 8, jnp.dtype(dtype))
+    return Job(qwen2_5_vl_7b(), mesh, platform, tokens, 8, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize(
     ("name", "where", "why"),
     [
         ("splash", job("cpu"), "it is for TPUs, and this is a cpu"),
-        ("splash", job("tpu", tokens=20_000), "20000 tokens a row (of one shard) are not a multiple of 128"),
+        ("splash", job("tpu", tokens=20_000), "rows of 20000 tokens do not divide by 128 x sequence = 1"),
         ("splash", job("tpu", tensor=8), "4 key-value heads do not divide by tensor = 8"),
         ("cudnn", job("tpu"), "it is for NVIDIA GPUs, and this is a tpu"),
         ("cudnn", job("gpu", dtype="float32"), "it computes in bfloat16 or float16, not float32"),

@@ -48,7 +48,6 @@ class Job:
     mesh: Mesh | AbstractMesh
     platform: str  # "cpu", "gpu" or "tpu"
     row_tokens: int
-    bin_patches: int
     max_segments: int
     dtype: Any
 
@@ -75,9 +74,8 @@ def _why_not_splash(job: Job) -> str | None:
     t, shards = job.model.text, job.mesh.shape
     if job.platform != "tpu":
         return f"it is for TPUs, and this is a {job.platform}"
-    for what, size in (("tokens a row", job.row_tokens // shards["sequence"]), ("patches a bin", job.bin_patches)):
-        if size % LANES:
-            return f"{size} {what} (of one shard) are not a multiple of {LANES}"
+    if job.row_tokens % (LANES * shards["sequence"]):
+        return f"rows of {job.row_tokens} tokens do not divide by {LANES} x sequence = {shards['sequence']}"
     if t.head_dim % LANES:  # type: ignore[operator]
         return f"heads of {t.head_dim} are not a multiple of {LANES}"
     if t.num_key_value_heads % shards["tensor"]:
@@ -139,20 +137,24 @@ def _splash(job: Job) -> Attention:
         )(kernel, q, k, v, segments, segments)
 
     def vision(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        heads, width = q.shape[2:]
+        patches, heads, width = q.shape[1:]
+        length = patches + -patches % LANES
         tensor = "tensor" if heads % shards["tensor"] == 0 else None
         bins = ROWS if q.shape[0] % (shards["data"] * shards["fsdp"] * shards["sequence"]) else (*ROWS, "sequence")
         with jax.ensure_compile_time_eval():
             local = heads // (shards["tensor"] if tensor else 1)
-            kernel = make(masks.FullMask((q.shape[1], q.shape[1])), local, q.shape[1], q.shape[1], 1, 1)
+            kernel = make(masks.FullMask((length, length)), local, length, length, 1, 1)
         spec = PartitionSpec(bins, None, tensor)
 
         def shard(q, k, v, segments):
-            # Heads of 80 are filled up with zeros, which change no score; the scale is that of the true size
-            fill = [(0, 0), (0, 0), (0, 0), (0, -width % LANES)]
-            q = (q * (1 + -width % LANES / width) ** 0.5).astype(q.dtype)
+            # Heads of 80 are filled up with zeros, which change no score; the scale is that of the true size. Bins are filled up
+            # with patches of no segment
+            missing = -width % LANES
+            fill = [(0, 0), (0, length - patches), (0, 0), (0, missing)]
+            q = (q * (1 + missing / width) ** 0.5).astype(q.dtype)
             q, k, v = (jnp.pad(a, fill) for a in (q, k, v))
-            return run(kernel, q, k, v, segments, segments)[..., :width]
+            segments = jnp.pad(segments, fill[:2])
+            return run(kernel, q, k, v, segments, segments)[:, :patches, :, :width]
 
         return jax.shard_map(
             shard, mesh=job.mesh, in_specs=(spec, spec, spec, PartitionSpec(bins)), out_specs=spec, check_vma=False
