@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from svlm_jax.training.flops import operations
 from svlm_jax.training.report import Report
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
-STEPS = 10
+STEPS = 8
 
 
 def start(out: Path, *overrides: str) -> subprocess.Popen:
@@ -73,6 +74,16 @@ def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(ours["text"]["layers"]["qkv"], theirs["text"]["layers"]["qkv"])
     saved = json.loads((whole / "config.json").read_text())
     assert saved["steps"] == STEPS and saved["checkpoint"]["every"] == 2
+
+
+def test_fewer_processes_than_asked_for_say_so(tmp_path):
+    port = socket.socket()
+    port.bind(("localhost", 0))
+    address = f"localhost:{port.getsockname()[1]}"
+    port.close()
+    run = start(tmp_path / "alone", "hosts.count=2", f"hosts.coordinator={address}", "hosts.index=0", "hosts.timeout=3")
+    told = run.communicate(timeout=300)[1]
+    assert run.returncode == 1 and "svlm: 2 processes did not find each other within 3 s: start all of them" in told, told
 
 
 def test_settings_by_name(tmp_path):

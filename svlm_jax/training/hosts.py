@@ -1,6 +1,9 @@
 """Processes that train together: their start, a table of who is there, and checks that fail at once where they are not as asked."""
 
 import math
+import os
+import sys
+import threading
 from typing import Any
 
 import jax
@@ -21,13 +24,25 @@ def start(config: HostsConfig) -> None:
             if config.index is None:
                 raise UserError("hosts.coordinator is given without hosts.index: say which process this is, from 0")
             told = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
+        # JAX's own timeout ends the program in C++, with a stack and no word on what to do
+        watch = threading.Timer(config.timeout, _give_up, (config,))
+        watch.daemon = True
+        watch.start()
         try:
-            jax.distributed.initialize(**told, initialization_timeout=config.timeout)
+            jax.distributed.initialize(**told, initialization_timeout=config.timeout + 60)
         except (RuntimeError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), "")
-            raise UserError(f"{config.count} processes did not find each other within {config.timeout} s ({reason}): start all of them") from error
+            raise UserError(f"{config.count} processes could not be joined ({reason}): see hosts.coordinator and hosts.index") from error
+        finally:
+            watch.cancel()
     if jax.process_count() != config.count:
         raise UserError(f"hosts.count = {config.count}, but {jax.process_count()} processes are here: start as many as asked, or ask for these")
+
+
+def _give_up(config: HostsConfig) -> None:
+    sys.stderr.write(f"svlm: {config.count} processes did not find each other within {config.timeout} s: start all of them, or set hosts.count\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def table() -> str:
