@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 UNCHECKED = {
     "svlm_jax.data.batch",  # a pytree: it holds arrays of the host, of devices, shapes and tracers
     "svlm_jax.streaming.state",  # its dataclasses are pytrees, which hold shapes, shardings and tracers as well as arrays
-    "svlm_jax.training.loss",
+    "svlm_jax.training.loss",  # so are its dataclasses, and the step's
     "svlm_jax.training.step",
     "svlm_jax.generate",  # its Model is a protocol that cannot be checked while running
     "svlm_jax.terminal",  # no arrays; pytest's capture is not a typing.TextIO
