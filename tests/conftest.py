@@ -14,6 +14,8 @@ UNCHECKED = {
     "svlm_jax.streaming.state",
     "svlm_jax.streaming.plan",
     "svlm_jax.data.batch",
+    "svlm_jax.training.loss",
+    "svlm_jax.training.step",
     "svlm_jax.generate",  # its Model is a protocol that cannot be checked while running
     "svlm_jax.terminal",  # no arrays; pytest's capture is not a typing.TextIO
 }

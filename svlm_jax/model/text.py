@@ -2,6 +2,7 @@
 
 Query, key and value weights are one array, grouped by key-value head (G query heads, one key, one value), and gate
 and up projections are another: one product each while decoding, and a tensor axis shards both without a seam.
+Products carry names, by which `training.remat` chooses what the backward pass keeps.
 """
 
 from collections.abc import Callable
@@ -10,15 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from svlm_jax.config import TextConfig
 from svlm_jax.model.layers import Declare, fan_in, ones, rms_norm, zeros
 from svlm_jax.types import Array, Float, Int
 
+Product = Callable[[str, str, Array, Array], Array]  # the weight's name, an einsum, what goes in, the weight
 Attend = Callable[
     [Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
     Float[Array, "B T N H"],
 ]
+
+
+def plain_product(name: str, spec: str, x: Array, weight: Array) -> Array:
+    """A layer's product as it is; `training.lora` adds to some of them by name."""
+    return jnp.einsum(spec, x, weight)
 
 
 class DecoderLayer(nnx.Module):
@@ -36,21 +44,22 @@ class DecoderLayer(nnx.Module):
         self.gate_up = declare((d, 2, f), ("embed", None, "mlp"), fan_in(-3))
         self.down = declare((f, d), ("mlp", "embed"), fan_in(-2))
 
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend, product: Product = plain_product) -> Float[Array, "B T D"]:
         epsilon = self.config.rms_norm_eps
         batch, length, _ = x.shape
         with jax.named_scope("attention"):
             y = rms_norm(x, self.attention_norm[...], epsilon)
-            qkv = jnp.einsum("btd,dkch->btkch", y, self.qkv[...]) + self.qkv_bias[...]
+            qkv = checkpoint_name(product("qkv", "btd,dkch->btkch", y, self.qkv[...]) + self.qkv_bias[...], "qkv")
             q, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
             heads = attend(q.reshape(batch, length, -1, q.shape[-1]), key, value).reshape(batch, length, -1)
             # One contracted axis: over three, the compiler transposes the weights before every product
-            x = x + jnp.einsum("btn,nd->btd", heads, self.out[...].reshape(heads.shape[-1], -1))
+            heads = checkpoint_name(heads, "heads")
+            x = x + checkpoint_name(product("out", "btn,nd->btd", heads, self.out[...].reshape(heads.shape[-1], -1)), "out")
         with jax.named_scope("mlp"):
             y = rms_norm(x, self.mlp_norm[...], epsilon)
-            gate_up = jnp.einsum("btd,dcf->btcf", y, self.gate_up[...])
+            gate_up = checkpoint_name(product("gate_up", "btd,dcf->btcf", y, self.gate_up[...]), "gate_up")
             y = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-            return x + jnp.einsum("btf,fd->btd", y, self.down[...])
+            return x + product("down", "btf,fd->btd", y, self.down[...])
 
 
 class Decoder(nnx.Module):

@@ -7,6 +7,7 @@ reshape, and full attention masks the padding. A tower without windows has one w
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 from svlm_jax.config import VisionConfig
 from svlm_jax.model.layers import Declare, fan_in, layer_norm, once, ones, rms_norm, zeros
 from svlm_jax.model.rope import Rotation, rotate, vision_rotation
-from svlm_jax.types import Array, Bool, Float, UInt8
+from svlm_jax.types import Array, Bool, Float, Int, UInt8
 
 # CLIP's pixel statistics, in units of full scale (arXiv 2103.00020)
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -83,29 +84,7 @@ def activate(x: Float[Array, "... inputs F"]) -> Float[Array, "... F"]:
     return jax.nn.silu(x[..., 0, :]) * x[..., 1, :] if x.shape[-2] == 2 else x[..., 0, :] * jax.nn.sigmoid(1.702 * x[..., 0, :])
 
 
-def attention(
-    q: Float[Array, "grids W p n h"], k: Float[Array, "grids W p n h"], v: Float[Array, "grids W p n h"], valid: Bool[Array, "W p"] | None
-) -> Float[Array, "grids W p n h"]:
-    """Every patch over the valid ones of its window (None: all), softmax in float32; long windows by cuDNN where there is one."""
-    scale = q.shape[-1] ** -0.5
-
-    def plain(q: Array, k: Array, v: Array) -> Array:
-        scores = jnp.einsum("bwpnh,bwsnh->bwnps", q, k, preferred_element_type=jnp.float32) * scale
-        if valid is not None:
-            scores = jnp.where(valid[:, None, None, :], scores, np.float32(-1e30))
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bwnps,bwsnh->bwpnh", weights, v)
-
-    def cudnn(q: Array, k: Array, v: Array) -> Array:
-        grids, windows = q.shape[:2]
-        flat = (a.reshape(grids * windows, *a.shape[2:]) for a in (q, k, v))
-        mask = None if valid is None else jnp.broadcast_to(valid, (grids, *valid.shape)).reshape(-1, 1, 1, valid.shape[1])
-        return jax.nn.dot_product_attention(*flat, mask=mask, scale=scale, implementation="cudnn").reshape(q.shape)
-
-    # cuDNN takes 16-bit numbers and heads of a multiple of 8, and must be there for tracing; over few patches plain products are as fast
-    if q.dtype != jnp.bfloat16 or q.shape[-1] % 8 or q.shape[2] < 512 or jax.default_backend() != "gpu":
-        return plain(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=plain)
+Attend = Callable[..., Float[Array, "grids W p N H"]]  # of queries, keys and values [grids, W, p, N, H]
 
 
 class VisionBlock(nnx.Module):
@@ -129,24 +108,56 @@ class VisionBlock(nnx.Module):
         self.down_bias = declare((e,), ("norm",), zeros)
 
     def __call__(
-        self, x: Float[Array, "grids W p E"], rotation: Rotation, valid: Bool[Array, "W p"] | None, *, full: bool
+        self, x: Float[Array, "grids W p E"], rotation: Rotation, valid: Bool[Array, "W p"] | None, *, full: bool, attend: Attend | None = None
     ) -> Float[Array, "grids W p E"]:
-        """x in window order: W windows of p patches, those of `valid` real (None: all); `full` attends across windows."""
+        """x in window order: W windows of p patches, those of `valid` real (None: all); `full` attends across windows.
+
+        With `attend`, which patches see each other is the caller's, and `valid` is not looked at.
+        """
         epsilon = self.config.rms_norm_eps
         with jax.named_scope("full_attention" if full else "window_attention"):
             y = normalise(x, self.attention_norm, self.attention_norm_bias, epsilon)
             q, k, v = jnp.moveaxis(jnp.einsum("bwpe,ecnh->bwpcnh", y, self.qkv[...]) + self.qkv_bias[...], 3, 0)
             q, k = rotate(q, rotation), rotate(k, rotation)
-            shape = q.shape
-            if full:
-                q, k, v = (a.reshape(shape[0], 1, -1, *shape[3:]) for a in (q, k, v))
-                valid = None if valid is None else valid.reshape(1, -1)
-            heads = attention(q, k, v, valid).reshape(*x.shape[:-1], -1)
+            seen = attend(q, k, v) if attend else _attend(q, k, v, valid, full=full)
+            heads = seen.reshape(*x.shape[:-1], -1)
             x = x + jnp.einsum("bwpn,ne->bwpe", heads, self.out[...].reshape(heads.shape[-1], -1)) + self.out_bias[...]
         with jax.named_scope("mlp"):
             y = normalise(x, self.mlp_norm, self.mlp_norm_bias, epsilon)
             gate_up = jnp.einsum("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
             return x + jnp.einsum("bwpf,fe->bwpe", activate(gate_up), self.down[...]) + self.down_bias[...]
+
+
+def _attend(q: Array, k: Array, v: Array, valid: Array | None, *, full: bool) -> Array:
+    """Attention within windows, or (`full`) across all windows of a grid; long runs of patches by cuDNN where there is one."""
+    shape = q.shape
+    if full:
+        q, k, v = (a.reshape(shape[0], 1, -1, *shape[3:]) for a in (q, k, v))
+        valid = None if valid is None else valid.reshape(1, -1)
+    mask = None if valid is None else valid[:, None, None, :]
+
+    def plain(q: Array, k: Array, v: Array) -> Array:
+        return masked_attention(q, k, v, mask)
+
+    # cuDNN takes 16-bit numbers and heads of a multiple of 8, and must be there for tracing; over few patches plain products are as fast
+    if not full or q.dtype != jnp.bfloat16 or q.shape[-1] % 8 or q.shape[2] < 512 or jax.default_backend() != "gpu":
+        return plain(q, k, v).reshape(shape)
+
+    def cudnn(q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(q[:, 0], k[:, 0], v[:, 0], mask=mask, implementation="cudnn")[:, None]
+
+    return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=plain).reshape(shape)
+
+
+def masked_attention(
+    q: Float[Array, "grids W p N H"], k: Float[Array, "grids W s N H"], v: Float[Array, "grids W s N H"], mask: Bool[Array, "..."] | None
+) -> Float[Array, "grids W p N H"]:
+    """Plain attention, softmax in float32, where `mask` (broadcast to [grids, W, N, p, s]) is true."""
+    scores = jnp.einsum("bwpnh,bwsnh->bwnps", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, np.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bwnps,bwsnh->bwpnh", weights, v)
 
 
 _block = once(VisionBlock.__call__, "full")
@@ -180,10 +191,14 @@ class VisionTower(nnx.Module):
         valid = None if order.valid.all() else jnp.asarray(order.valid)
         for index, block in enumerate(self.blocks):
             x = _block(block, x, rotation, valid, full=c.sees_all(index))
+        return self.merge(x, order.restore).reshape(batch, -1, c.out_hidden_size)
+
+    def merge(self, x: Float[Array, "grids W p E"], order: Int[Array, "C"] | slice) -> Float[Array, "grids C D"]:
+        """The blocks' output, patches in window order, as merged tokens: those at the places of `order`, in its order."""
+        c = self.config
         with jax.named_scope("merger"):
             x = normalise(x, self.merger_norm, self.merger_norm_bias, c.rms_norm_eps)
-            x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order.restore]
+            x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order]
             x = jnp.einsum("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
             x = jax.nn.gelu(x, approximate=False)
-            x = jnp.einsum("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]
-        return x.reshape(batch, -1, x.shape[-1])
+            return jnp.einsum("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]

@@ -1,0 +1,88 @@
+"""The vision tower over packed grids (`data.batch`): bins of windows that hold grids of any size, one after the other.
+
+The same parameters and equations as `model.vision`; what differs is where a patch stands, which is data here, and who sees whom:
+windows see themselves, and full attention stays within a grid, told by its number in the bin.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from svlm_jax.config import VisionConfig
+from svlm_jax.model.layers import once
+from svlm_jax.model.rope import Rotation, shift_rotation
+from svlm_jax.model.vision import PIXEL_MEAN, PIXEL_STD, VisionBlock, VisionTower, masked_attention
+from svlm_jax.types import Array, Bool, Float, Int, UInt8
+
+THETA = 10_000.0  # of rotary positions in the tower, which no config.json states
+# Attention among the S patches of a bin, [bins, S, N, H] each: a patch sees those of its own segment
+BinAttention = Callable[[Array, Array, Array, Int[Array, "bins S"]], Array]
+Block = Callable[[VisionBlock, Array, Array, Array, Array, Array], Array]  # module, x, cos, sin, valid, segments
+
+
+def normalised(config: VisionConfig, patches: UInt8[Array, "bins W p features"]) -> Float[Array, "bins W p features"]:
+    """Raw pixels (colour, frame, y, x) as the tower takes them, float32."""
+    size = config.temporal_patch_size * config.patch_size**2
+    mean, std = np.repeat(PIXEL_MEAN, size), np.repeat(PIXEL_STD, size)
+    return (patches.astype(jnp.float32) * np.float32(1 / 255) - mean) / std
+
+
+def patch_rotation(config: VisionConfig, coordinates: Int[Array, "bins W p 2"]) -> Rotation:
+    """Half of the pairs turn with the row, half with the column: [bins, W, p, 1, head_dim / 2]."""
+    row, column = (shift_rotation(coordinates[..., i], head_dim=config.head_dim // 2, theta=THETA, denominator=1) for i in (0, 1))
+    return Rotation(*(jnp.concatenate(pair, -1)[..., None, :] for pair in zip(row, column, strict=True)))
+
+
+def plain_bin_attention(q: Array, k: Array, v: Array, segments: Int[Array, "bins S"]) -> Array:
+    """`BinAttention` that writes all scores of a bin."""
+    mask = segments[:, None, None, :, None] == segments[:, None, None, None, :]
+    return masked_attention(q[:, None], k[:, None], v[:, None], mask)[:, 0]
+
+
+def _run_block(
+    block: VisionBlock, x: Array, cos: Array, sin: Array, valid: Array, segments: Array, *, full: bool, attention: BinAttention
+) -> Array:
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        if full:
+            q_flat, k_flat, v_flat = (a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (q, k, v))
+            return attention(q_flat, k_flat, v_flat, segments).reshape(q.shape)
+        return masked_attention(q, k, v, valid[:, :, None, None, :])
+
+    return block(x, Rotation(cos, sin), None, full=full, attend=attend)
+
+
+def packed_features(
+    tower: VisionTower,
+    patches: UInt8[Array, "bins W p features"],
+    coordinates: Int[Array, "bins W p 2"],
+    valid: Bool[Array, "bins W p"],
+    grids: Int[Array, "bins W"],
+    *,
+    attention: BinAttention = plain_bin_attention,
+    wrap: Callable[[Block], Block] = lambda run: run,
+) -> Float[Array, "bins C D"]:
+    """The merger's output for every 2x2 block of patches, in window order; what is not valid comes out as anything finite.
+
+    Args:
+      coordinates: (row, column) of each patch in its grid.
+      grids: which grid of the bin a window belongs to; 0 for windows that are none.
+      attention: of the blocks that see whole grids.
+      wrap: what is put around each block, such as recomputing it in the backward pass.
+    """
+    c = tower.config
+    with jax.named_scope("patchify"):
+        x = normalised(c, patches).astype(tower.patch_embed.dtype)
+        x = jnp.einsum("bwpf,fe->bwpe", x, tower.patch_embed[...])
+        rotation = patch_rotation(c, coordinates)
+        segments = jnp.where(valid, grids[..., None], 0).reshape(valid.shape[0], -1)
+    run_block = once(_run_block, "full", "attention")
+    for index, block in enumerate(tower.blocks):
+        full = index in c.fullatt_block_indexes
+
+        def run(block, x, cos, sin, valid, segments, full=full):
+            return run_block(block, x, cos, sin, valid, segments, full=full, attention=attention)
+
+        x = wrap(run)(block, x, *rotation, valid, segments)
+    return tower.merge(x, slice(None))

@@ -1,0 +1,83 @@
+"""Operations that one batch must take, by part: what model FLOPs utilisation is measured by.
+
+A multiply-add counts as two. Only tokens and patches that are there count, attention causally within segments, the head for labelled
+tokens alone; nothing is counted twice for being recomputed. Backward: the same again for inputs, and once more for weights that are trained.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from svlm_jax.config import ModelConfig, VisionConfig
+from svlm_jax.data.batch import IGNORED, PADDING, Batch
+
+PEAKS = {  # dense bfloat16 operations a second of one device, from its maker's data sheet
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """Of one batch."""
+
+    decoder: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+    vision: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.decoder + self.attention + self.head + self.vision
+
+    def __add__(self, other: "Operations") -> "Operations":
+        return Operations(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+def operations(model: ModelConfig, batch: Batch, trained: set[str]) -> Operations:
+    """Of a batch on the host. `trained` are the paths of trained parameters; those of adapters leave the weights as they are."""
+    t, v = model.text, model.vision
+    seen = any(path.startswith("vision.") for path in trained)
+    weights = any(path.startswith("text.layers.") and ".lora_" not in path for path in trained)
+    head_weights = any(path in ("text.head", "text.embedding") for path in trained)
+    segments, tokens = np.asarray(batch.segments), int((np.asarray(batch.segments) != PADDING).sum())
+    pairs = sum(float(n) * (n + 1) / 2 for row in segments for n in np.bincount(row)[1:])
+    width, heads = t.hidden_size, t.num_attention_heads * (t.head_dim or 0)
+    layer = width * (2 * heads + 2 * t.num_key_value_heads * (t.head_dim or 0) + 3 * t.intermediate_size)
+    labels = int((np.asarray(batch.labels) != IGNORED).sum())
+    return Operations(
+        decoder=2.0 * tokens * layer * t.num_hidden_layers * (3 if weights else 2),
+        attention=4.0 * heads * pairs * t.num_hidden_layers * 3,
+        head=2.0 * labels * width * t.vocab_size * (3 if head_weights else 2),
+        vision=_vision(v, batch) * (3 if seen else 1),
+    )
+
+
+def _vision(c: VisionConfig, batch: Batch) -> float:
+    valid, grids = np.asarray(batch.patch_valid), np.asarray(batch.grids)
+    in_window = valid.sum(-1).astype(np.float64)  # [B, G, W]
+    patches = in_window.sum()
+    full = 0.0
+    for window, grid in zip(in_window.reshape(-1, grids.shape[-1]), grids.reshape(-1, grids.shape[-1]), strict=True):
+        full += float((np.bincount(grid, weights=window)[1:] ** 2).sum())
+    products = c.hidden_size * (4 * c.hidden_size + 3 * c.intermediate_size)
+    merged = c.hidden_size * c.spatial_merge_size**2
+    merger = merged * merged + merged * c.out_hidden_size
+    wide = sum(index in c.fullatt_block_indexes for index in range(c.depth))
+    attention = 4 * c.hidden_size * (wide * full + (c.depth - wide) * float((in_window**2).sum()))
+    return 2 * patches * (c.depth * products + c.patch_features * c.hidden_size + merger / c.spatial_merge_size**2) + attention
+
+
+def peak(device: Any) -> float | None:
+    """Operations a second of this device at best; None where it is not in the table."""
+    kinds = sorted((kind for kind in PEAKS if kind in device.device_kind), key=len)
+    return PEAKS[kinds[-1]] if kinds else None

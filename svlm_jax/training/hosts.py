@@ -1,0 +1,104 @@
+"""Processes that train together: their start, a table of who is there, and checks that fail at once where they are not as asked."""
+
+import math
+import os
+import sys
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from svlm_jax.data.batch import Batch
+from svlm_jax.errors import UserError
+from svlm_jax.training.config import HostsConfig
+from svlm_jax.training.placement import Placement
+
+
+def start(config: HostsConfig) -> None:
+    """Joins the other processes. To be called before anything asks for devices. UserError where they are not those asked for."""
+    if config.count > 1:
+        told: dict[str, Any] = {}
+        if config.coordinator:
+            if config.index is None:
+                raise UserError("hosts.coordinator is given without hosts.index: say which process this is, from 0")
+            told = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
+        # JAX's own timeout ends the program in C++, with a stack and no word on what to do
+        watch = threading.Timer(config.timeout, _give_up, (config,))
+        watch.daemon = True
+        watch.start()
+        try:
+            jax.distributed.initialize(**told, initialization_timeout=config.timeout + 60)
+        except (RuntimeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise UserError(f"{config.count} processes could not be joined ({reason}): see hosts.coordinator and hosts.index") from error
+        finally:
+            watch.cancel()
+    if jax.process_count() != config.count:
+        raise UserError(f"hosts.count = {config.count}, but {jax.process_count()} processes are here: start as many as asked, or ask for these")
+
+
+def _give_up(config: HostsConfig) -> None:
+    sys.stderr.write(f"svlm: {config.count} processes did not find each other within {config.timeout} s: start all of them, or set hosts.count\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def table() -> str:
+    """Processes and their devices, a line each."""
+    devices: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        devices.setdefault(device.process_index, []).append(device)
+    counts = {len(each) for each in devices.values()}
+    if len(counts) > 1:
+        text = ", ".join(f"process {index} has {len(each)}" for index, each in devices.items())
+        raise UserError(f"processes have unlike numbers of devices ({text}): look for one that failed to start")
+    lines = ["process  devices  kind"]
+    for index, each in devices.items():
+        mine = "  (this one)" if index == jax.process_index() and len(devices) > 1 else ""
+        lines.append(f"{index:7}  {len(each):7}  {each[0].device_kind}{mine}")
+    return "\n".join(lines)
+
+
+def shard(mesh: Mesh) -> tuple[int, int]:
+    """(this process's number, processes) as the data pipeline shares rows. UserError where a process's rows are no run of a batch."""
+    count = jax.process_count()
+    if count > 1:
+        rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+        owners = [{device.process_index for device in row} for row in rows]
+        each = math.ceil(len(rows) / count)
+        if len(rows) % count or any(owners[i] != {i // each} for i in range(len(rows))):
+            raise UserError(
+                f"data x fsdp = {len(rows)} is not shared evenly, in order, by {count} processes: "
+                "let sequence and tensor divide the devices of one process"
+            )
+    return jax.process_index(), count
+
+
+def put(batch: Batch, placement: Placement) -> Batch:
+    """This process's rows, on its devices, as a part of the batch of all processes."""
+    count = jax.process_count()
+    whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0] * count, *a.shape[1:]), a.dtype), batch)
+    shardings = placement.batch(whole)
+    return jax.tree.map(
+        lambda a, like, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(a), like.shape), batch, whole, shardings
+    )
+
+
+def stop_asked(step: int, signalled: bool) -> bool:
+    """Whether any process was told to end: the same answer in all of them."""
+    if jax.process_count() == 1:
+        return signalled
+    from jax.experimental import multihost_utils
+
+    return signalled or multihost_utils.reached_preemption_sync_point(step)
+
+
+def total(number: float) -> float:
+    """The sum over all processes."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.process_allgather(np.asarray(number, np.float64)).sum())

@@ -1,0 +1,84 @@
+"""Cross-entropy of labelled tokens, in sums: micro-batches and devices add up, and dividing by the count once is exact.
+
+The head is the widest product of the model. Only tokens with a label go through it, a chunk of each row at a time, and the chunk's
+logits are computed again in the backward pass: [T, V] never exists.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from svlm_jax.data.batch import IGNORED, PADDING, Batch
+from svlm_jax.model.text import Decoder
+from svlm_jax.types import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Over all labelled tokens of some rows. Float32; counts are exact up to 2^24 labels."""
+
+    loss: Float[jax.Array, ""]  # nats
+    labels: Float[jax.Array, ""]
+    correct: Float[jax.Array, ""]  # labels that the largest logit names
+    row_loss: Float[jax.Array, "B"]  # nats by row, to name the rows that go wrong
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.add, self, other)
+
+
+def targets_of(batch: Batch) -> tuple[Int[jax.Array, "B T"], Bool[jax.Array, "B T"]]:
+    """What each token is to predict, the next one of its own segment, and whether that is asked of it."""
+    following = batch.labels[:, 1:]
+    asked = (following != IGNORED) & (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] != PADDING)
+    end = jnp.zeros_like(batch.labels[:, :1])
+    return jnp.concatenate([jnp.where(asked, following, 0), end], 1), jnp.concatenate([asked, end.astype(bool)], 1)
+
+
+def _of_logits(logits: Float[Array, "B C V"], targets: Int[Array, "B C"], asked: Bool[Array, "B C"]) -> tuple[Sums, Float[Array, ""]]:
+    """(sums, their loss): the latter is what is differentiated."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    row = jnp.sum(jnp.where(asked, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0), axis=-1)
+    loss, right = jnp.sum(row), asked & (jnp.argmax(logits, axis=-1) == targets)
+    return jax.lax.stop_gradient(Sums(loss, jnp.sum(asked, dtype=jnp.float32), jnp.sum(right, dtype=jnp.float32), row)), loss
+
+
+def plain_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch) -> tuple[Float[Array, ""], Sums]:
+    """The loss with all logits at once; for small models, and to compare with."""
+    sums, loss = _of_logits(text.logits(x), *targets_of(batch))
+    return loss, sums
+
+
+def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk: int) -> tuple[Float[Array, ""], Sums]:
+    """The sum of the labels' losses, and all sums, of the decoder's last layer's output `x`.
+
+    Args:
+      chunk: tokens of each row that go through the head at once; their logits, [B, chunk, V] in float32, are what it costs.
+    """
+    with jax.named_scope("loss"):
+        targets, asked = targets_of(batch)
+        # Labelled tokens of each row first, in order: the chunks behind the longest row's last are skipped
+        order = jnp.argsort(~asked, axis=1, stable=True)
+        missing = -order.shape[1] % chunk
+        order = jnp.pad(order, [(0, 0), (0, missing)])
+        asked = jnp.pad(jnp.take_along_axis(asked, order[:, : x.shape[1]], 1), [(0, 0), (0, missing)])
+        targets = jnp.take_along_axis(targets, order, 1)
+        pieces: Any = tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (order, targets, asked))
+
+        def some(places: Array, targets: Array, asked: Array) -> tuple[Sums, Array]:
+            return _of_logits(text.logits(jnp.take_along_axis(x, places[..., None], 1)), targets, asked)
+
+        zero = jnp.zeros((), jnp.float32)
+        nothing = (Sums(zero, zero, zero, jnp.zeros(x.shape[0], jnp.float32)), zero)
+
+        # Around the condition too: what a branch keeps would be kept for every chunk, the head included
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def step(total: Any, piece: tuple[Array, Array, Array]) -> tuple[Any, None]:
+            found = jax.lax.cond(jnp.any(piece[2]), some, lambda *_: nothing, *piece)
+            return jax.tree.map(jnp.add, total, found), None
+
+        (sums, loss), _ = jax.lax.scan(step, nothing, pieces)
+        return loss, sums

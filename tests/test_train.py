@@ -1,0 +1,165 @@
+"""Runs of train.py: killed, told to end, gone on with; their settings, and what they write down."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import packed
+import pytest
+import small_training
+
+from svlm_jax.configs.sft_tiny import config as sft_tiny
+from svlm_jax.data.batch import IGNORED
+from svlm_jax.errors import UserError
+from svlm_jax.training.checkpoint import restore_params
+from svlm_jax.training.config import MeshConfig, as_json, override, resolve
+from svlm_jax.training.flops import operations
+from svlm_jax.training.report import Report
+
+SCRIPT = Path(__file__).parent.parent / "train.py"
+STEPS = 8
+
+
+def start(out: Path, *overrides: str) -> subprocess.Popen:
+    """The tiny preset, saved at every second step. Runs share what they compiled."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, str(SCRIPT), "sft_tiny", f"out={out}", f"steps={STEPS}", "checkpoint.every=2", *overrides]
+    return subprocess.Popen(command, env={**os.environ, **cache}, stderr=subprocess.PIPE, text=True)
+
+
+def records(out: Path) -> list[dict]:
+    file = out / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+def wait_for(run: subprocess.Popen, out: Path, step: int) -> None:
+    while run.poll() is None and not any(record["step"] >= step for record in records(out)):
+        time.sleep(0.02)
+    assert run.poll() is None, run.communicate()[1]
+
+
+def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = start(whole)
+    told = run.communicate(timeout=600)[1]
+    assert run.returncode == 0, told
+    wanted = {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(whole)}
+    assert list(wanted) == list(range(1, STEPS + 1))
+
+    run = start(parts)
+    wait_for(run, parts, 4)  # while step 4 is being saved, or just after
+    run.kill()
+    run.communicate()
+    run = start(parts)
+    wait_for(run, parts, 6)
+    run.send_signal(signal.SIGTERM)
+    told = run.communicate(timeout=600)[1]
+    assert run.returncode == 0 and "it was told to end at step" in told, told
+    last = records(parts)[-1]["step"]
+    assert f"told to end at step {last}" in told
+    run = start(parts)
+    told = run.communicate(timeout=600)[1]
+    assert run.returncode == 0 and f"goes on after step {last}" in told, told
+    assert {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(parts)} == wanted
+
+    ours, theirs = restore_params(whole / "checkpoints"), restore_params(parts / "checkpoints")
+    assert set(ours) == {"text", "vision"} and ours["vision"]["blocks"][0]["qkv"].ndim == 4
+    np.testing.assert_array_equal(ours["text"]["layers"]["qkv"], theirs["text"]["layers"]["qkv"])
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved["steps"] == STEPS and saved["checkpoint"]["every"] == 2
+
+
+def test_fewer_processes_than_asked_for_say_so(tmp_path):
+    port = socket.socket()
+    port.bind(("localhost", 0))
+    address = f"localhost:{port.getsockname()[1]}"
+    port.close()
+    run = start(tmp_path / "alone", "hosts.count=2", f"hosts.coordinator={address}", "hosts.index=0", "hosts.timeout=3")
+    told = run.communicate(timeout=300)[1]
+    assert run.returncode == 1 and "svlm: 2 processes did not find each other within 3 s: start all of them" in told, told
+
+
+def test_settings_by_name(tmp_path):
+    config = override(
+        sft_tiny(),
+        ["steps=7", "step.optimizer.learning_rate=2e-5", "mesh.tensor=4", "data.epochs=none", "step.frozen=vision.*,text.embedding"],
+    )
+    assert config.steps == 7 and config.step.optimizer.learning_rate == 2e-5 and config.mesh.tensor == 4
+    assert config.step.frozen == ("vision.*", "text.embedding") and config.data.epochs is None
+    assert override(config, ["data.datasets.more.path=a.jsonl", "data.datasets.more.videos=v"]).data.datasets["more"].videos == "v"
+    assert json.loads(as_json(config))["step"]["optimizer"]["b1"] == 0.9
+    file = tmp_path / "mine.py"
+    file.write_text("from svlm_jax.configs.sft_tiny import config\n")
+    assert resolve(str(file), ["steps=3"]).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("step.optimizer.rate=1", "there is no setting 'rate' here: learning_rate, warmup"),
+        ("steps=many", "steps=many: a value of type int is wanted"),
+        ("steps=1.5", "steps=1.5: a value of type int is wanted"),
+        ("steps", "'steps' is no setting: write key=value"),
+        ("steps.more=1", "there is no setting 'more' here"),
+        ("remat=some", "remat 'some' is unknown"),
+        ("profile_steps=3", "must be FIRST:LAST"),
+        ("data.datasets.other.videos=v", "there is no data set 'other': begin with data.datasets.other.path=FILE"),
+        ("step.optimizer.moments=int8", "moments 'int8' is unknown"),
+        ("weights=", "model '8b' is unknown"),
+    ],
+)
+def test_settings_that_cannot_be(change, message):
+    config = dataclasses.replace(sft_tiny(), model="8b")
+    with pytest.raises(UserError, match=message):
+        override(config, [change])
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(UserError, match=r"no preset 'sft_8b' in configs: sft_tiny"):
+        resolve("sft_8b", [])
+
+
+def test_one_axis_of_a_mesh_takes_what_is_left():
+    assert MeshConfig(data=2, tensor=2).sizes(16) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 2}
+    with pytest.raises(UserError, match=r"does not make up the 6 devices"):
+        MeshConfig(tensor=4).sizes(6)
+    with pytest.raises(UserError, match=r"one alone may be -1"):
+        MeshConfig(data=-1).sizes(6)
+
+
+def test_operations_are_those_of_what_is_there():
+    """Against every product and pair written out for one chunk, with its padding left out."""
+    model = small_training.model()
+    chunk = packed.chunk(4, (2, 56, 84), 6, seed=0)
+    found = operations(model, packed.pack(model, [[chunk, chunk]], tokens=64, bins=1, windows=2), {"text.layers.qkv", "text.head"})
+    t, v, n = model.text, model.vision, len(chunk.tokens)
+    layer = sum(a * b for a, b in [(64, 2 * 4 * 16), (64, 4 * 16), (64, 128), (64, 128), (128, 64)])  # qkv, out, gate, up, down
+    pairs = sum(1 for i in range(n) for j in range(i + 1))
+    labels = int((chunk.labels != IGNORED).sum())
+    assert found.decoder == 2 * 3 * 2 * n * 2 * layer
+    assert found.attention == 2 * 3 * 2 * 4 * (4 * 16) * pairs
+    assert found.head == 2 * 3 * 2 * labels * 64 * t.vocab_size
+    patches = 4 * 6
+    block = 4 * 32 * 32 + 3 * 32 * 64
+    merger = 128 * 128 + 128 * 64
+    attention = 4 * 32 * patches**2  # its one window is the whole grid
+    assert found.vision == 2 * (2 * patches * (2 * block + v.patch_features * 32) + 2 * 6 * merger + 2 * attention)
+    frozen = operations(model, packed.pack(model, [[chunk]], tokens=64, bins=1, windows=2), {"text.layers.qkv.lora_a"})
+    assert frozen.decoder == found.decoder / 3 and frozen.attention == found.attention / 2
+
+
+def test_a_report_goes_on_behind_the_checkpoint(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    report = Report(file, after=2, steps=9)
+    report.write({"step": 3, "loss": 1.5, "tokens_per_second": 1e4, "step_ms": 6e5, "data_wait": 0.25, "mfu": 0.5})
+    report.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+    assert capsys.readouterr().err == "step 3/9  loss 1.5000  10,000 tokens/s  data wait 25%  MFU 50.0%  ETA 1:00:00\n"

@@ -1,0 +1,118 @@
+"""Fine-tunes the model on chunks of long annotated videos.
+
+    python train.py sft_tiny out=/tmp/run                    a tiny model on the bundled clip: a CPU, about a minute
+    python train.py PRESET data.datasets.main.path=FILE      a preset of configs/, or the path of a file like them
+    python train.py PRESET steps=100 step.optimizer.learning_rate=2e-5 mesh.tensor=4
+
+Every setting is a field of `svlm_jax.training.config.RunConfig`; `a.b=c` changes one. What is in `out` already is gone on with.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from svlm_jax.checkpoints.hub_config import read_config
+from svlm_jax.checkpoints.load import find, load_params
+from svlm_jax.cli import guarded
+from svlm_jax.config import ModelConfig
+from svlm_jax.configs.models import MODELS
+from svlm_jax.data.pipeline import make_batches
+from svlm_jax.data.samples import temporal_step
+from svlm_jax.demo.make_tiny import tiny_path
+from svlm_jax.model.qwen_vl import init_params
+from svlm_jax.sharding import make_mesh, param_shardings, replicated_axes
+from svlm_jax.tokenizer import Tokenizer
+from svlm_jax.training import hosts
+from svlm_jax.training.attention import Job, choose
+from svlm_jax.training.checkpoint import Checkpoints
+from svlm_jax.training.config import RunConfig, as_json, resolve
+from svlm_jax.training.forward import Recipe
+from svlm_jax.training.loop import run
+from svlm_jax.training.placement import Placement
+from svlm_jax.training.report import Report
+from svlm_jax.training.step import Trainer, TrainState
+
+
+def train(config: RunConfig) -> TrainState:
+    """The state after the last step."""
+    # Hosts
+    hosts.start(config.hosts)
+    chief = jax.process_index() == 0
+    print(hosts.table(), file=sys.stderr)
+
+    # Model
+    folder = find(config.weights)[0] if config.weights else None
+    model = read_config(folder) if folder else MODELS[config.model]()
+    tokenizer = Tokenizer.load(folder or tiny_path())
+
+    # Mesh
+    mesh = make_mesh(**config.mesh.sizes(jax.device_count()), devices=jax.devices())
+    for line in replicated_axes(model, mesh):
+        print(f"stays whole: {line}", file=sys.stderr)
+
+    # Data
+    batches = iter(make_batches(config.data, tokenizer, model.vision, shard=hosts.shard(mesh), workers=config.workers))
+
+    # Step
+    trainer = Trainer(model, config.step, make_recipe(config, model, mesh), config.steps)
+    for line in trainer.recipe.attention.rejected:
+        print(f"attention {line}", file=sys.stderr)
+
+    # State
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints.open(out / "checkpoints", config.checkpoint)
+    step = checkpoints.latest
+    if step is None:
+        state = first_state(trainer, config, folder)
+    else:
+        state, place = checkpoints.restore(step, trainer.abstract_state())
+        batches.set_state(place)
+        print(f"goes on after step {step}", file=sys.stderr)
+    if chief:
+        (out / "config.json").write_text(as_json(config))
+
+    # Loop
+    report = Report(out / "metrics.jsonl" if chief else None, after=step or 0, steps=config.steps)
+    try:
+        state, why = run(state, trainer, batches, checkpoints, report, config)
+        report.say(why)
+    finally:
+        report.close()
+        batches.close()
+        checkpoints.close()
+    return state
+
+
+def make_recipe(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Recipe:
+    """How the forward pass runs on this mesh."""
+    job = Job(model, mesh, jax.default_backend(), config.data.shape.tokens, config.max_segments, config.step.dtype)
+    unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
+    return Recipe(choose(config.attention, job), Placement(mesh), unit, config.remat, config.vision_remat)
+
+
+def first_state(trainer: Trainer, config: RunConfig, folder: Path | None) -> TrainState:
+    """The state before the first step: weights read from `folder` or drawn, straight onto their devices."""
+    key = jax.random.key(config.seed)
+    init = jax.jit(trainer.init, out_shardings=trainer.shardings(), donate_argnums=0 if folder else ())
+    if folder is None:
+        return jax.jit(lambda: trainer.init(init_params(trainer.model, key, stacked=True), key), out_shardings=trainer.shardings())()
+    shardings = param_shardings(trainer.model, trainer.recipe.placement.mesh, stacked=True)
+    return init(load_params(folder, trainer.model, stacked=True, shardings=shardings), key)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="a preset of configs/, or a Python file with a function `config`")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+
+    def work(args: argparse.Namespace) -> None:
+        train(resolve(args.preset, args.overrides))
+
+    return guarded(work, parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
