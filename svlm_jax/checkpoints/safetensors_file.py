@@ -170,9 +170,10 @@ def _bands(value: np.ndarray) -> Iterator[np.ndarray]:
 
 def _write(target: BinaryIO, raw: np.ndarray, written: Callable[[int], None] | None) -> None:
     """In a thread of its own, so that the next band is made while this one goes to the disk."""
+    start = target.tell()
     target.write(raw.data)
-    if raw.size >= FLUSHED_FROM:  # keeps the disk busy all along, rather than at the end of the file
-        target.flush()
-        os.fsync(target.fileno())
+    if raw.size >= FLUSHED_FROM and hasattr(os, "posix_fadvise"):
+        target.flush()  # and Linux begins to write what is no longer wanted: the disk is busy all along, not at the end of the file alone
+        os.posix_fadvise(target.fileno(), start, raw.size, os.POSIX_FADV_DONTNEED)
     if written is not None:
         written(raw.size)
