@@ -1,8 +1,8 @@
 """A tiny model on the bundled clip of twelve seconds, with a commentary of made-up words: shows that everything works.
 
-    python train.py sft_tiny out=/tmp/run
+    python train.py sft_tiny out=run
 
-On two cores of a CPU it takes about a minute, most of it compiling; the loss falls from about 7 to below 3.
+Its 20 steps take about 15 seconds of a CPU core, most of them compiling; the loss falls from 6.7 to below 0.5, as the clip is all there is to learn.
 """
 
 import json
@@ -46,10 +46,10 @@ def config() -> RunConfig:
             rows=4,
             lanes=4,
         ),
-        steps=100,
+        steps=20,
         weights=str(tiny_path()),
         workers=Workers(threads=1),
         step=StepConfig(dtype="float32", loss_chunk=64, optimizer=OptimizerConfig(learning_rate=3e-3, b2=0.99)),
         remat="nothing",
-        checkpoint=CheckpointConfig(every=50),
+        checkpoint=CheckpointConfig(every=10),
     )
