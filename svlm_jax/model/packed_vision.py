@@ -79,7 +79,7 @@ def packed_features(
         segments = jnp.where(valid, grids[..., None], 0).reshape(valid.shape[0], -1)
     run_block = once(_run_block, "full", "attention")
     for index, block in enumerate(tower.blocks):
-        full = index in c.fullatt_block_indexes
+        full = c.sees_all(index)
 
         def run(block, x, cos, sin, valid, segments, full=full):
             return run_block(block, x, cos, sin, valid, segments, full=full, attention=attention)

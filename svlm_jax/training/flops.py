@@ -69,10 +69,10 @@ def _vision(c: VisionConfig, batch: Batch) -> float:
     full = 0.0
     for window, grid in zip(in_window.reshape(-1, grids.shape[-1]), grids.reshape(-1, grids.shape[-1]), strict=True):
         full += float((np.bincount(grid, weights=window)[1:] ** 2).sum())
-    products = c.hidden_size * (4 * c.hidden_size + 3 * c.intermediate_size)
+    products = c.hidden_size * (4 * c.hidden_size + (c.mlp_inputs + 1) * c.intermediate_size)
     merged = c.hidden_size * c.spatial_merge_size**2
     merger = merged * merged + merged * c.out_hidden_size
-    wide = sum(index in c.fullatt_block_indexes for index in range(c.depth))
+    wide = sum(map(c.sees_all, range(c.depth)))
     attention = 4 * c.hidden_size * (wide * full + (c.depth - wide) * float((in_window**2).sum()))
     return 2 * patches * (c.depth * products + c.patch_features * c.hidden_size + merger / c.spatial_merge_size**2) + attention
 
