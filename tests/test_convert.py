@@ -225,6 +225,19 @@ def test_bad_orbax_leaves_nothing(tmp_path, forms, damage, message):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_damaged_arrays_are_told_in_one_line(tmp_path, forms):
+    """In a process of its own: what the library would say of every other read comes when the program ends."""
+    source = tmp_path / "orbax"
+    subprocess.run(["cp", "-r", forms[1], source], check=True)
+    for file in (source / "params").rglob("d/*"):
+        cut(file)
+    command = [sys.executable, "-m", "svlm_jax.cli", "convert", str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if line.startswith("svlm: ")] and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_number_too_large_for_the_dtype(tmp_path):
     source = write(tmp_path / "hf", dtype=np.float32, **{UP: np.full((128, 64), 1e6, np.float32)})
     with pytest.raises(UserError, match=r"up_proj\.weight holds numbers that are not finite \(NaN or infinite\) as float16"):

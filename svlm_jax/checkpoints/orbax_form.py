@@ -7,7 +7,10 @@ Arrays are cut into chunks, so that a device reads little more than its shard.
 """
 
 import contextlib
+import functools
+import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,16 +38,25 @@ def is_orbax(folder: Path) -> bool:
     return (folder / PARAMS / MARK).is_file()
 
 
+@functools.cache
 def library() -> Any:
     """Orbax, which takes seconds to import and which captioning does without."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own imports' deprecations
             from orbax.checkpoint import v1
-
-        return v1
     except ImportError as error:
         raise UserError("checkpoints in Orbax's format need the package orbax-checkpoint: pip install orbax-checkpoint") from error
+    # At the first array that cannot be read Orbax closes its event loop. Every other read then ends in a traceback, in its thread or in the log
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            before(found)
+
+    sys.unraisablehook = hook
+    return v1
 
 
 class OrbaxSource:
@@ -211,10 +223,16 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's warnings about its own parts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without the library's warnings about its own parts; what is wrong with a checkpoint it raises as well."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _words(path: Path_) -> tuple[str, ...]:
