@@ -32,9 +32,6 @@ class ChatCache:
         self.rounds = Ring(region=0, start=0, rooms=1, horizon=1, fields=fields, question=0, query=0)
         self.slots = self.rounds.stop
         self.regions = ((0, self.slots),)
-        self.field_of, self.room_of = np.zeros(self.slots, np.int8), np.full(self.slots, -1, np.int32)
-        self.region_of = np.zeros(self.slots, np.int32)
-        self.rounds.describe(self.field_of, self.room_of)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,8 @@ def read_sequence(engine: Engine, row: int) -> dict[str, Any]:
     seen, spec = visible(engine.state, row), engine.spec
     rounds, new = spec.cache.rounds, seen.slots
     room = rounds.room(int(engine.state.round))
-    fresh = (spec.cache.region_of[new] == rounds.region) & (spec.cache.room_of[new] == room)
+    roles = spec.cache.describe()
+    fresh = (roles.region[new] == rounds.region) & (roles.room[new] == room)
     if engine.state.age[row] == 0:
         fresh[:] = True  # the first prompt holds system prompt, previous text and query too
     cached = 0 if spec.stream.mode == "recompute" else int(np.sum(~fresh))

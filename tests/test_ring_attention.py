@@ -190,3 +190,36 @@ def test_gpu_kernels_lower_without_a_gpu(length, streams):
     args = (shape((streams, 3, length, 28, 128)), cache, cache, jax.ShapeDtypeStruct((streams, 15_360), bool))
     traced = jax.jit(call).trace(*args, self_k=fresh, self_v=fresh, self_valid=jax.ShapeDtypeStruct((streams, length), bool))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def decode_in_numpy(shapes, q, k, v, hidden, tiles, first):
+    """What the decoding kernel leaves for the host's side to join, share by share."""
+    q, k, v, hidden, tiles, first = (np.asarray(a, np.float64 if a.dtype != jnp.int32 else np.int32) for a in (q, k, v, hidden, tiles, first))
+    shares = (shapes.batch, shapes.kv_heads, shapes.splits, shapes.rows)
+    sums, peak, total = np.zeros((*shares, shapes.head_dim)), np.full(shares, -1e29), np.zeros(shares)
+    for b, h, split in np.ndindex(shares[:3]):
+        count = first[b, -1]
+        share = -(-count // shapes.splits)
+        for index in range(min(split * share, count), min((split + 1) * share, count)):
+            slots = np.arange(128) + tiles[b, index] * 128
+            region = np.searchsorted(first[b, 1:-1], index, side="right")
+            scores = q[b, h, region, : shapes.rows] @ k[b, h, slots].T * shapes.scale * np.log2(np.e) + hidden[b, slots]
+            highest = np.maximum(peak[b, h, split], scores.max(1))
+            decay, weights = np.exp2(peak[b, h, split] - highest), np.exp2(scores - highest[:, None])
+            sums[b, h, split] = sums[b, h, split] * decay[:, None] + weights @ v[b, h, slots]
+            total[b, h, split] = total[b, h, split] * decay + weights.sum(1)
+            peak[b, h, split] = highest
+    return tuple(jnp.asarray(a, jnp.float32) for a in (sums, peak, total))
+
+
+@pytest.mark.parametrize(("length", "fill", "fresh"), [(1, 0.5, True), (3, 0.5, True), (1, 0.02, False), (2, 0.0, True), (1, 0.0, False)])
+def test_shares_of_the_decoding_kernel_are_joined(monkeypatch, length, fill, fresh):
+    from svlm_jax.kernels.ring_attention import mosaic_gpu_decode
+
+    monkeypatch.setattr(mosaic_gpu_decode, "decode", decode_in_numpy)
+    arrays = inputs(13, length=length, head_dim=64, fill=fill, fresh=fresh, dtype=jnp.bfloat16)
+    positional, new = split(arrays)
+    out, lse = ring_attention(*positional, regions=REGIONS, backend="mosaic_gpu", **new)
+    true_out, true_lse = direct(*positional, regions=REGIONS, **new)
+    np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=0.01, rtol=0.01)  # bfloat16
+    np.testing.assert_allclose(lse, true_lse, atol=1e-4)

@@ -111,7 +111,7 @@ def test_stored_keys_are_rotated_where_they_stand(vision, text):
     spec, state, params = engine.spec, engine.state, engine.params["text"]
     c, layer = spec.model.text, params["layers"][0]
     text_slots = np.flatnonzero(np.asarray(state.valid[0]) & ~np.isin(np.asarray(state.tokens[0]), [spec.prompt.video_pad]))
-    kinds = {Field(field) for field in spec.cache.field_of[text_slots]}
+    kinds = {Field(field) for field in spec.cache.describe().field[text_slots]}
     assert {Field.HEADER, Field.SINK_WORD, Field.RING_WORD, Field.CLOSING, Field.HEAD, Field.GENERATED} <= kinds
     x = rms_norm(params["embedding"][state.tokens[0, text_slots]], layer["attention_norm"], c.rms_norm_eps)
     key = jnp.einsum("td,dkh->tkh", x, layer["qkv"][:, :, -2]) + layer["qkv_bias"][:, -2]
@@ -275,7 +275,7 @@ def test_windows_start_anew_with_the_words_so_far():
         memory += tokens[0][:-2] if tokens[0][-1] == engine.spec.prompt.im_end else tokens[0][:-1]
         if index in (3, 6, 9):
             held = visible(engine.state)
-            fields = engine.spec.cache.field_of[held.slots]
+            fields = engine.spec.cache.describe().field[held.slots]
             assert held.tokens[np.isin(fields, [Field.SINK_WORD, Field.SPILL, Field.RING_WORD])].tolist() == kept
             assert np.sum(held.tokens == engine.spec.prompt.vision_start) == 1
 

@@ -17,6 +17,7 @@ import enum
 import functools
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -244,22 +245,33 @@ class CacheLayout:
         regions[-1] = (self.rounds.start, self.slots)
         self.regions = tuple(regions)
 
-        # Roles of slots
-        self.field_of = np.zeros(self.slots, np.int8)
-        self.room_of = np.full(self.slots, -1, np.int32)
-        self.region_of = np.zeros(self.slots, np.int32)
-        for index, (start, stop) in enumerate(regions):
-            self.region_of[start:stop] = index
+        self.fixed = tuple(fixed)
+        self.spill_slot = sum(size for _, size in fixed) - self.spill
+
+    def words_slots(self) -> tuple[slice, ...]:
+        """The runs of slots that hold previous text: in the sink, behind its closing tokens, and in the ring."""
+        runs = ((self.header, self.sink), (self.spill_slot, self.spill), (self.words_start, self.ring))
+        return tuple(slice(start, start + size) for start, size in runs)
+
+    def describe(self) -> "Roles":
+        """What every slot is for. Made anew at every call, for checks: streaming keeps nothing of this size on the host."""
+        roles = Roles(np.zeros(self.slots, np.int8), np.full(self.slots, -1, np.int32), np.zeros(self.slots, np.int32))
+        for index, (start, stop) in enumerate(self.regions):
+            roles.region[start:stop] = index
         at = 0
-        for field, size in fixed:
-            self.field_of[at : at + size] = field
+        for field, size in self.fixed:
+            roles.field[at : at + size] = field
             at += size
-        self.spill_slot = at - self.spill
-        self.field_of[self.words_start : self.words_start + self.ring] = Field.RING_WORD
+        roles.field[self.words_start : self.words_start + self.ring] = Field.RING_WORD
         for ring in (self.text, self.clips, self.rounds):
             if ring is not None:
-                ring.describe(self.field_of, self.room_of)
+                ring.describe(roles.field, roles.room)
+        return roles
 
-    def roles(self, *fields: Field) -> np.ndarray:
-        """bool [S]: the slots of these fields, in every region."""
-        return np.isin(self.field_of, fields)
+
+class Roles(NamedTuple):
+    """Of every slot."""
+
+    field: np.ndarray  # int8 [S], a `Field`
+    room: np.ndarray  # int32 [S], -1 outside of rooms
+    region: np.ndarray  # int32 [S]

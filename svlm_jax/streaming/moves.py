@@ -32,9 +32,7 @@ def _words(state: StreamState, plan: Plan) -> Words:
     sink, ring, count = cache.sink, cache.ring, plan.words
     before, after = state.words, state.words + count
 
-    stop = cache.regions[cache.words_region][1]  # of all previous text
-    spoken = cache.roles(Field.SINK_WORD, Field.SPILL, Field.RING_WORD)[:stop]
-    seen = jnp.sum(state.valid[:, :stop] & spoken, axis=1, dtype=jnp.int32)
+    seen = sum(jnp.sum(state.valid[:, run], axis=1, dtype=jnp.int32) for run in cache.words_slots())
     kept = jnp.minimum(after, sink) + jnp.clip(after - sink, 0, ring)
     cut = jnp.where(state.age > 0, seen + count - kept, 0)
 

@@ -106,7 +106,8 @@ _layer = once(_cached_layer, "regions", "shape")
 def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"], StreamState]:
     """Mode "recompute": the whole visible sequence anew, with fresh keys; gives the output of its last token."""
     spec, cache = state.spec, state.spec.cache
-    positions = state.coordinates - state.shift[:, cache.region_of][:, None]
+    sizes = np.array([stop - start for start, stop in cache.regions])
+    positions = state.coordinates - jnp.repeat(state.shift, sizes, axis=1, total_repeat_length=cache.slots)[:, None]
     # Contiguous positions in the order (time, row, column) are the order of the sequence; unused slots go last
     t, row, column = (jnp.where(state.valid, positions[:, axis], np.iinfo(np.int32).max) for axis in range(3))
     order = jnp.lexsort((column, row, t), axis=-1)
