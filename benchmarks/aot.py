@@ -23,6 +23,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler for TPUs is asked for by name, and no device of that kind is wanted
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor is the cloud's metadata server
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is there a chip that two processes could fight for
 
 import jax
 import jax.numpy as jnp

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ACC, LOWEST, ROWS, TILE
+from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ACC, LOWEST, ROWS, TILE, load
 
 STAGES = 2
 
@@ -66,7 +66,7 @@ def _decode(shapes: DecodeShapes, q_ref, k_ref, v_ref, hidden_ref, tiles_ref, fi
             return scores[...]
 
         scores = pl.run_scoped(product, ACC((ROWS, TILE), jnp.float32))
-        hidden = plgpu.load(hidden_smem.at[slot], (), layout=plgpu.Layout.WGMMA.reduce(0))
+        hidden = load(hidden_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
         scores = scores * (shapes.scale * math.log2(math.e)) + lax.broadcast_in_dim(hidden, scores.shape, [1])
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         decay = jnp.exp2(peak - new_peak)

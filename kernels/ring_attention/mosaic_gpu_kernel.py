@@ -37,6 +37,12 @@ class Shapes:
     stages: int = 2
 
 
+def load(ref, layout):
+    """A whole reference in a layout. Before jax 0.11 `plgpu.load` wants an index, which it deprecates from then on."""
+    index: tuple[tuple[()], ...] = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(ref, *index, layout=layout)
+
+
 def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v_ref, self_hidden_ref, tiles_ref, first_ref, *rest):
     out_ref, lse_ref, *scratch = rest
     q_smem, k_smem, v_smem, hidden_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
@@ -77,7 +83,7 @@ def _prefill(shapes: Shapes, q_ref, k_ref, v_ref, hidden_ref, self_k_ref, self_v
                 return scores[...]
 
             scores = pl.run_scoped(product, ACC((ROWS, TILE), jnp.float32))
-            hidden = plgpu.load(hidden_smem.at[slot], (), layout=plgpu.Layout.WGMMA.reduce(0))
+            hidden = load(hidden_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
             plgpu.barrier_arrive(k_free.at[slot])
             scores = scores * (shapes.scale * math.log2(math.e)) + lax.broadcast_in_dim(hidden, scores.shape, [1])
             if causal:
