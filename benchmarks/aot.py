@@ -71,7 +71,9 @@ def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1) -> dict[str, tu
     params, state = abstract_params(spec.model, dtype=dtype), state_shapes(spec, streams, dtype)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
     frames = shape(streams, spec.stream.frames_per_round, 3, spec.height, spec.width, dtype=jnp.uint8)
-    prompt = Prompt(shape(streams, spec.time_capacity), shape(streams), shape(streams, dtype=jnp.bool_))
+    room = spec.stream.question_capacity
+    question = (shape(streams, room), shape(streams)) if room else ()
+    prompt = Prompt(shape(streams, spec.time_capacity), shape(streams), shape(streams, dtype=jnp.bool_), *question)
     return {
         "evict": (state,),
         "open_stream": (params, state, shape(), shape(spec.cache.words_capacity), shape()),

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model = svlm_jax.load()
-    config = StreamConfig(text_sink=64, text_sliding=64, vision_window=8, text_window=8, query="What is going on?")
+    config = StreamConfig(text_sink=64, text_sliding=64, vision_window=8, text_window=8, query="What is going on?", question_capacity=0)
     spec = make_spec(model.config, config, model.tokenizer, height=56, width=84)
     engine = Engine(model.params, spec, model.tokenizer)
     p, tokenizer = spec.prompt, model.tokenizer

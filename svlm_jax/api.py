@@ -165,7 +165,8 @@ class Commentary:
         self.path, tokenizer = known.path, known.tokenizer
         self._questions = self._place(questions, config)
         asked = max((len(encode_query(tokenizer, text)) for text in self._questions.values()), default=0)
-        config = dataclasses.replace(config, question_capacity=max(config.question_capacity, asked))
+        room = max(config.question_capacity, asked) if self._questions else 0  # each round runs the room, asked or not
+        config = dataclasses.replace(config, question_capacity=room)
         size = resized_size(
             self.info.height,
             self.info.width,
@@ -290,12 +291,12 @@ class Commentary:
     def _kind(self, index: int) -> Kind:
         """Which `ingest` round `index` needs."""
         opens = index % self.spec.cache.vision_window == 0 if self.spec.stream.mode == "windows" else index == 0
-        return opens and bool(self.spec.stream.query), index in self._questions
+        return opens and bool(self.spec.stream.query)
 
     def _kinds(self) -> list[Kind]:
         rounds = None if self.end is None else math.ceil((self.end - self.start) / self.spec.stream.chunk_seconds)
         usual = [1] if rounds is None or rounds > 1 else []
-        return list(dict.fromkeys(self._kind(index) for index in (0, *usual, *self._questions)))
+        return list(dict.fromkeys(self._kind(index) for index in (0, *usual)))
 
     def _place(self, questions: Iterable[Question], config: StreamConfig) -> dict[int, str]:
         """The text asked in each round. UserError for a question outside of what is captioned."""

@@ -141,7 +141,7 @@ class StreamConfig:
     seed: int = 0
     capacity_rounds: int = 64  # mode "full": rounds that fit before the stream must end
     text_capacity: int = 8192  # words that fit when text_sink and text_sliding are both off
-    question_capacity: int = 64  # tokens of a question in mid-stream
+    question_capacity: int = 64  # tokens of a question in mid-stream, for which every round has room; 0: none can be asked
     max_pixels: int = 602_112  # pixels of a frame after resizing, at most
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ from svlm_jax.streaming.step import compiled
 from svlm_jax.types import Params
 
 GIB = 1 << 30
-Kind = tuple[bool, bool]  # whether a round comes with the query, and with a question in mid-stream
+Kind = bool  # whether a round comes with the query
 
 
 def tree_bytes(tree: Any) -> int:
@@ -93,11 +93,11 @@ class Programs:
         frames = _shape((streams, spec.stream.frames_per_round, 3, spec.height, spec.width), np.dtype(np.uint8))
         words = _shape((spec.cache.words_capacity,), i32)
         params = jax.tree.map(_like, params)
-        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, streams, *kinds[0]), key)}
+        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, streams, kinds[0]), key)}
         calls["open_stream"] = ("open_stream", params, state, _shape((), i32), words, _shape((), i32))
         calls["decode"] = ("decode", params, state, key)
         for kind in kinds[1:]:
-            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, streams, *kind), key))
+            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, streams, kind), key))
         # No more at once than there are cores: the first caption waits for the first three alone
         self._pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "compile")
         self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, *call) for name, call in calls.items()}
@@ -140,7 +140,7 @@ def _like(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pinned)
 
 
-def _prompt(spec: StreamSpec, streams: int, query: bool, question: bool) -> Prompt:
+def _prompt(spec: StreamSpec, streams: int, query: bool) -> Prompt:
     """The shapes of `Engine.prompt`."""
 
     def ids(present: bool, size: int) -> tuple[Any, Any]:
@@ -151,7 +151,7 @@ def _prompt(spec: StreamSpec, streams: int, query: bool, question: bool) -> Prom
     return Prompt(
         *ids(True, spec.time_capacity),
         active,
-        *ids(question, spec.stream.question_capacity),
+        *ids(spec.stream.question_capacity > 0, spec.stream.question_capacity),
         *ids(query, spec.query_capacity),
     )
 

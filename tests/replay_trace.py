@@ -61,6 +61,7 @@ def stream_config(case: dict[str, Any]) -> StreamConfig:
         temperature=0,
         repetition_penalty=case["repetition_penalty"],
         text_capacity=max(1, count_rounds(case) * case["max_new_tokens"]),
+        question_capacity=0,
     )
 
 

@@ -25,7 +25,15 @@ from svlm_jax.streaming.step import compiled, decode, ingest
 from svlm_jax.streaming.visible import visible
 
 BASE = StreamConfig(
-    vision_window=2, text_window=3, text_sink=3, text_sliding=6, max_new_tokens=5, temperature=1.5, query="Who has the ball?", previous_text="Kick-off."
+    vision_window=2,
+    text_window=3,
+    text_sink=3,
+    text_sliding=6,
+    max_new_tokens=5,
+    temperature=1.5,
+    query="Who has the ball?",
+    previous_text="Kick-off.",
+    question_capacity=12,
 )
 
 
@@ -228,7 +236,7 @@ def test_no_program_is_compiled_after_the_first_rounds():
             engine.open(0, previous_text="Anew.")
         if index == 10:
             before = {name: compiled[name]._cache_size() for name in names}
-        questions = {1: "Who?"} if index in (5, 12) else None
+        questions = {1: "Who?"} if index == 12 else None  # the first one
         times = {row: (float(index), index + 1.0) for row in engine.open_rows}
         engine.step(small.frames(engine, index), times, questions)
     assert {name: compiled[name]._cache_size() for name in names} == before
@@ -303,6 +311,13 @@ def test_words_without_bound_end_at_their_capacity_with_a_clear_error():
     first = len(encode_words(engine.tokenizer, BASE.previous_text))
     joined = [first + sum(turns[: max(0, round + 1 - BASE.text_window)]) for round in range(len(turns) + 1)]
     assert joined[-2] <= 12 < joined[-1]  # not before the words that leave their round do not fit
+
+
+def test_a_stream_without_room_for_questions_says_so():
+    engine = small.engine(dataclasses.replace(BASE, question_capacity=0))
+    engine.open(0)
+    with pytest.raises(UserError, match="no room for questions"):
+        engine.prompt({0: (0.0, 1.0)}, {0: "Who?"})
 
 
 @pytest.mark.parametrize(

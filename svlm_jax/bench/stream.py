@@ -88,6 +88,7 @@ class Load:
             max_new_tokens=self.tokens,
             temperature=0.0,
             query="",  # one program for all rounds
+            question_capacity=0,
             previous_text=filler(tokenizer, self.text_sink + self.text_sliding - 1),
             capacity_rounds=max(2, total),
         )
@@ -300,8 +301,8 @@ def _run(
     model: Model, load: Load, ceilings: Ceilings, log: Log, engine: TimedEngine, viewer: Viewer, compilations: Compilations
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    programs = Programs(engine.spec, model.params, jax.tree.leaves(model.params)[0].dtype, [(False, False)], streams=load.streams)
-    programs.wait("open_stream", "decode", (False, False))
+    programs = Programs(engine.spec, model.params, jax.tree.leaves(model.params)[0].dtype, [False], streams=load.streams)
+    programs.wait("open_stream", "decode", False)
     programs.close()
     log(f"three programs compiled after {time.perf_counter() - start:.1f} s")
     for row in range(load.streams):

@@ -142,8 +142,10 @@ class Engine:
         active = np.zeros(streams, bool)
         active[list(times)] = True
         question = question_length = query = query_length = None
-        if questions:
-            asked = {row: encode_query(self.tokenizer, text) for row, text in questions.items()}
+        if questions and not spec.stream.question_capacity:
+            raise UserError("this stream has no room for questions: make it with a question_capacity, in tokens")
+        if spec.stream.question_capacity:  # in every round, so that asking compiles nothing
+            asked = {row: encode_query(self.tokenizer, text) for row, text in (questions or {}).items()}
             for row, ids in asked.items():
                 if len(ids) > spec.stream.question_capacity:
                     raise UserError(f"the question of stream {row} has {len(ids)} tokens and {spec.stream.question_capacity} fit: shorten it")
