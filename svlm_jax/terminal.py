@@ -16,7 +16,8 @@ from svlm_jax.captions import Caption, clean, clock
 from svlm_jax.errors import UserError
 
 _STATUS_EVERY = 5.0  # seconds between status lines where they can't be redrawn in place
-_BUSY_EVERY = 2.0  # seconds between the lines of a long wait there
+_BUSY_EVERY = 1.0  # seconds between the lines of a long wait there: nobody waits two without a word
+_LONG = 2.0  # seconds of a wait that is told of when it is over
 _SPIN_EVERY = 0.5  # seconds between redraws of a long wait on a terminal
 _SPINNER = "|/-\\"  # ASCII, as the bar: pretty blocks are two columns wide on East Asian terminals
 _BAR = range(10, 41)  # columns between the brackets
@@ -177,7 +178,7 @@ class LiveView:
                 with contextlib.suppress(UserError, OSError):  # never in place of what went wrong inside the block
                     self._erase()
         took = self._now() - start
-        if took >= _BUSY_EVERY:
+        if took >= _LONG:
             self.note(f"{text} took {_elapsed(took)}")
 
     def close(self) -> None:
