@@ -128,16 +128,16 @@ def corpus() -> list[str]:
     return [*STRUCTURE * 40, *single * 3, *named * 3, *sentences()]
 
 
-def make():
-    """The `tokenizers.Tokenizer`: 256 bytes, then merges in order of frequency, then the special tokens."""
+def make(lines: list[str] | None = None, vocabulary: int = VOCABULARY):
+    """The `tokenizers.Tokenizer`: 256 bytes, then merges in order of frequency in `lines`, then the special tokens."""
     inner = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
         min_frequency=3,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    inner.train_from_iterator(corpus(), trainer)
+    inner.train_from_iterator(corpus() if lines is None else lines, trainer)
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     return inner
 
@@ -164,12 +164,16 @@ def companion(inner) -> dict:
     }
 
 
-def main(folder: Path = TINY) -> None:
+def write(inner, folder: Path) -> None:
+    """The tokenizer's two files."""
     folder.mkdir(parents=True, exist_ok=True)
-    inner = make()
     inner.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(companion(inner), indent=2) + "\n", encoding="utf-8")
     print(f"{folder / 'tokenizer.json'}: {inner.get_vocab_size()} tokens", file=sys.stderr)
+
+
+def main(folder: Path = TINY) -> None:
+    write(make(), folder)
 
 
 if __name__ == "__main__":
