@@ -102,8 +102,24 @@ def tiny_qwen2_vl(vocab_size: int = 2048) -> ModelConfig:
     return ModelConfig(vision, tiny(vocab_size).text, "tiny-qwen2-vl")
 
 
+def match() -> ModelConfig:
+    """6.0 million parameters: the bundled model that comments on simulated matches."""
+    vision = VisionConfig(depth=6, hidden_size=192, intermediate_size=416, num_heads=6, out_hidden_size=192, fullatt_block_indexes=(1, 3, 5))
+    text = TextConfig(
+        vocab_size=768,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        mrope_section=(4, 6, 6),
+    )
+    return ModelConfig(vision, text, "match")
+
+
 MODELS = {
     "tiny": tiny,
+    "match": match,
     "3b": qwen2_5_vl_3b,
     "7b": qwen2_5_vl_7b,
     "32b": qwen2_5_vl_32b,

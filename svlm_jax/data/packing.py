@@ -6,6 +6,7 @@ where none has, the oldest row is closed. Nothing is cut in two and nothing is r
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from svlm_jax.data.batch import IGNORED, PADDING, Batch
 from svlm_jax.data.patches import grid_order
 from svlm_jax.data.samples import Sample
 from svlm_jax.errors import UserError
+
+COPIERS = 4  # threads that fill the rows of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,9 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -
     patches = np.zeros((b, g, w, p, vision.patch_features), np.uint8)
     coordinates, valid = np.zeros((b, g, w, p, 2), np.int32), np.zeros((b, g, w, p), np.bool_)
     grids, places = np.full((b, g, w), PADDING, np.int32), np.full((b, g, w, merged), t, np.int32)
-    for index, row in enumerate(rows):
+
+    def fill(index: int) -> None:
+        row = rows[index]
         begin, used, count = 0, [0] * g, [0] * g
         for segment, (item, bins) in enumerate(zip(row.items, row.bins, strict=True), start=1):
             sample, order = item.sample, grid_order(vision, *item.frame_hw)
@@ -141,5 +146,8 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -
                 grids[here] = count[target]
                 places[here] = np.where(order.tokens >= 0, rows_of[order.tokens], t)
             begin += len(sample.tokens)
+
+    with ThreadPoolExecutor(COPIERS) as pool:  # patches are hundreds of megabytes a batch, and copying lets other threads run
+        list(pool.map(fill, range(b)))
     arrays: Any = (tokens, labels, positions, segments, patches, coordinates, valid, grids, places)  # on the host as yet
     return Batch(*arrays)

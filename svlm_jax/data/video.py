@@ -21,6 +21,7 @@ import av
 import numpy as np
 from av.error import ExitError, FFmpegError, InvalidDataError
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
 from svlm_jax.data.resize import MAX_PIXELS, MIN_PIXELS, check_size, resize, resized_size
@@ -363,6 +364,7 @@ class _Screen:
 
     def __init__(self, reader: VideoReader, start: Fraction, size: tuple[int, int]):
         self._source, self._size = reader.source, size
+        self._converter = VideoReformatter()  # kept: to set one up takes longer than to convert a small frame
         self._frames = reader.frames(start)
         self._shown = next(self._frames)
         self._next = next(self._frames, None)
@@ -383,7 +385,7 @@ class _Screen:
         if self._pixels is None:
             picture = self._shown.picture
             try:
-                pixels = picture.to_ndarray(format="rgb24")
+                pixels = self._converter.reformat(picture, format="rgb24", threads=1).to_ndarray()
             except (FFmpegError, ValueError):
                 raise UserError(f"{self._source}: pixel format {picture.format.name} cannot be shown: convert the video to H.264") from None
             self._pixels = resize(np.rot90(pixels, round(picture.rotation / 90)), self._size)  # both count anticlockwise

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from svlm_jax.types import Float, Int
+from svlm_jax.types import Float
 
 TICK = 0.1  # seconds
 LENGTH, BREADTH = 76.0, 46.0

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from svlm_jax.demo.match import BOX, BREADTH, GOAL, LENGTH, REACH, SIDE, Game, Match
+from svlm_jax.demo.match import BOX, BREADTH, GOAL, LENGTH, SIDE, Game, Match
 from svlm_jax.types import Float
 
 HEIGHT, WIDTH = 224, 336  # pixels: 8 x 12 merged patches of 28, and 2 x 3 attention windows of 112
@@ -77,7 +77,7 @@ class Painter:
                 for part in np.linspace(1, 0.2, 5):
                     _paste(picture, _dot(self.unit, 0.55, GLOW, 0.55 * (1.1 - part)), middle + (ball[:2] + way * part) * self.unit)
         lift = ball[2]
-        _paste(picture, _dot(self.unit, 0.9, (0, 0, 0), 0.35), middle + (ball[:2] + (0.3 + lift, 0.4 + lift)) * self.unit)
+        _paste(picture, _dot(self.unit, 0.9, (0, 0, 0), 0.35), middle + (ball[:2] + np.array([0.3 + lift, 0.4 + lift])) * self.unit)
         _paste(picture, _ball(self.unit, round(lift, 1)), middle + ball[:2] * self.unit)
 
     def _grained(self, picture: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,0 +1,51 @@
+"""The bundled model from random weights: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
+
+    python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 320 --processes 16
+    python -m svlm_jax.demo.make_match_model start
+    python train.py sft_match out=run weights=start
+
+All of the model is trained, the vision tower as well. docs/match.md has what it takes and what comes out.
+"""
+
+from svlm_jax.data.loader import LoaderConfig
+from svlm_jax.data.packing import RowShape
+from svlm_jax.data.pipeline import DataConfig, DatasetConfig, Workers
+from svlm_jax.data.samples import SampleConfig
+from svlm_jax.demo.picture import HEIGHT, WIDTH
+from svlm_jax.training.config import CheckpointConfig, RunConfig
+from svlm_jax.training.optimizer import OptimizerConfig
+from svlm_jax.training.step import StepConfig
+
+FOLDER = "data"
+SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448)
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        out="run",
+        data=DataConfig(
+            {
+                "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.65),
+                "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.25),
+                "openings": DatasetConfig(f"{FOLDER}/openings.jsonl", FOLDER, weight=0.10),
+            },
+            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),
+            RowShape(tokens=4096, bins=24, windows=6),  # a chunk a row, a bin a second
+            rows=48,
+            lanes=16,
+            open_rows=1,
+        ),
+        steps=3_000,
+        model="match",
+        workers=Workers(processes=1, threads=1, ahead=4, batches_ahead=4),
+        step=StepConfig(
+            frozen=(),
+            loss_chunk=4096,
+            spike_deviations=0.0,
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, final=0.1, b2=0.98, weight_decay=0.05),
+        ),
+        remat="nothing",
+        vision_remat="nothing",
+        max_segments=2,
+        checkpoint=CheckpointConfig(every=500, keep=2),
+    )

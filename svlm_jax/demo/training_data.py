@@ -1,0 +1,88 @@
+"""Writes matches to train on: videos, and annotation files of overlapping chunks in the published format.
+
+    python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --first-seed 1000 --processes 16
+
+`chunks.jsonl` has the whole matches with a question now and then, `asked.jsonl` the same with a question every other second, `openings.jsonl`
+the first 48 seconds of further matches. Seeds below 1000 are for evaluation and are refused here.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from svlm_jax.data.annotations import Annotation
+from svlm_jax.data.chunks import ChunkConfig
+from svlm_jax.demo.commentary import commentate, random_questions
+from svlm_jax.demo.film import FilmConfig, chunks, write_annotations, write_video
+from svlm_jax.demo.match import simulate
+
+FIRST_SEED = 1_000
+OPENING_SECONDS = 48.0
+MEMORY = 96, 480  # first and last words of the previous text that rows can need
+EVERY = {"chunks": 20.0, "asked": 2.0, "openings": 6.0}  # seconds between two questions, on average
+BALL = ("ball", "ball", "score", "scorer")  # what is asked in `asked`: mostly what can be seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One match."""
+
+    seed: int
+    seconds: float
+    folder: Path
+    opening: bool
+    overlap: float
+
+
+def make(task: Task) -> dict[str, list[Annotation]]:
+    """Films a match; its rows by data set."""
+    match = simulate(task.seed, task.seconds)
+    name = f"{task.seed}.mp4"
+    write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset="superfast"))
+    found = {}
+    for data_set in ("openings",) if task.opening else ("chunks", "asked"):
+        kinds = BALL if data_set == "asked" else ("score", "scorer", "ball")
+        lines = commentate(match, random_questions(match, EVERY[data_set], seed=len(data_set), kinds=kinds))
+        config = ChunkConfig(window=24, overlap=task.overlap)
+        found[data_set] = list(chunks(name, task.seconds, lines, config, memory=MEMORY))
+    return found
+
+
+def write(tasks: Iterable[Task], folder: Path, processes: int) -> dict[str, int]:
+    """All matches, so many at a time; rows of each data set."""
+    rows: dict[str, list[Annotation]] = {"chunks": [], "asked": [], "openings": []}
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for found in pool.imap(make, tasks):
+            for data_set, annotations in found.items():
+                rows[data_set] += annotations
+    return {name: write_annotations(iter(annotations), folder / f"{name}.jsonl") for name, annotations in rows.items() if annotations}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--matches", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=120.0, help="of each match")
+    parser.add_argument("--openings", type=int, default=320)
+    parser.add_argument("--overlap", type=float, default=12.0, help="seconds that a chunk of 24 shares with the next")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    if args.first_seed < FIRST_SEED:
+        parser.error(f"seeds below {FIRST_SEED} are for evaluation")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    long = [Task(args.first_seed + i, 60 * args.minutes, args.folder, False, args.overlap) for i in range(args.matches)]
+    short = [Task(args.first_seed + args.matches + i, OPENING_SECONDS, args.folder, True, args.overlap) for i in range(args.openings)]
+    counts = write([*long, *short], args.folder, args.processes)
+    size = sum(file.stat().st_size for file in args.folder.glob("*.mp4")) / 1e6
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{told}; {size:.0f} MB of video in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
