@@ -14,7 +14,7 @@ from av.error import FFmpegError
 from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import Annotation, AnnotationFile, UnusableRow, parse_annotation
 from svlm_jax.data.packing import Loaded
-from svlm_jax.data.patches import window_patches
+from svlm_jax.data.patches import grid_order, window_patches
 from svlm_jax.data.resize import MAX_PIXELS
 from svlm_jax.data.samples import SampleConfig, lay_out, make_script
 from svlm_jax.data.video import TruncatedVideo, read_rounds
@@ -99,6 +99,7 @@ def read_clip(path: str, annotation: Annotation, config: LoaderConfig, cache: Fr
             max_pixels=config.max_pixels,
             start=turns[first].start,
             duration=count * c.turn_seconds,
+            threads=1,  # clips are read side by side, and more threads would decode pictures ahead that no clip shows
         )
         for shown, turn in enumerate(rounds, first):
             clips[shown] = turn.frames
@@ -164,6 +165,10 @@ class SampleLoader:
         if not np.any(sample.labels >= 0):
             raise UnusableRow("nothing to learn", "no token has a label")
         depth = self.vision.temporal_patch_size
-        shown = [frames[: grid[0] * depth] for frames, grid in zip(clips, sample.grids, strict=True)]
-        patches = np.concatenate([window_patches(frames, self.vision) for frames in shown])
+        order = grid_order(self.vision, height, width)
+        patches = np.empty((sum(grid[0] for grid in sample.grids), *order.valid.shape, self.vision.patch_features), np.uint8)
+        begin = 0
+        for frames, (count, _, _) in zip(clips, sample.grids, strict=True):
+            window_patches(frames[: count * depth], self.vision, out=patches[begin : begin + count])
+            begin += count
         return Loaded(name, sample, patches, (height, width))

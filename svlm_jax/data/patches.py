@@ -33,8 +33,10 @@ def grid_order(vision: VisionConfig, height: int, width: int) -> GridOrder:
     return GridOrder(coordinates.astype(np.int32), order.valid, tokens.reshape(order.windows, -1).astype(np.int32), order.source)
 
 
-def window_patches(frames: UInt8[np.ndarray, "F height width 3"], vision: VisionConfig) -> UInt8[np.ndarray, "grids w p features"]:
-    """Frames as patches (colour, frame, y, x) in window order; padding repeats patch 0. An odd last frame is repeated."""
+def window_patches(
+    frames: UInt8[np.ndarray, "F height width 3"], vision: VisionConfig, out: UInt8[np.ndarray, "grids w p features"] | None = None
+) -> UInt8[np.ndarray, "grids w p features"]:
+    """Frames as patches (colour, frame, y, x) in window order, in `out` if given; padding repeats patch 0. An odd last frame is repeated."""
     patch, merge, depth = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     if len(frames) % depth:
         frames = np.concatenate([frames, np.repeat(frames[-1:], depth - len(frames) % depth, axis=0)])
@@ -44,4 +46,7 @@ def window_patches(frames: UInt8[np.ndarray, "F height width 3"], vision: Vision
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # grid, h, w, row in merge, column in merge, colour, frame, y, x
     x = x.reshape(count // depth, h * w * merge**2, vision.patch_features)
     order = grid_order(vision, height, width)
-    return x[:, order.source].reshape(len(x), *order.valid.shape, vision.patch_features)
+    shape = len(x), *order.valid.shape, vision.patch_features
+    out = np.empty(shape, np.uint8) if out is None else out
+    np.take(x, order.source, axis=1, out=out.reshape(len(x), -1, vision.patch_features), mode="clip")  # no index is out of bounds
+    return out

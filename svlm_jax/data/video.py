@@ -86,8 +86,9 @@ class VideoReader:
     frames of an impossible size.
     """
 
-    def __init__(self, source: str | os.PathLike):
-        self.source = os.fspath(source)
+    def __init__(self, source: str | os.PathLike, threads: int = 0):
+        """`threads` decode; 0: as many as FFmpeg thinks fit."""
+        self.source, self._threads = os.fspath(source), threads
         self.broken = 0
         self._open()
 
@@ -99,7 +100,7 @@ class VideoReader:
         self._failure = ""
         self.end = Fraction(0)  # where the last frame decoded so far ends, in seconds from the first frame
         try:
-            self._stream = _video_stream(self._container, self.source)
+            self._stream = _video_stream(self._container, self.source, self._threads)
             self._base = self._stream.time_base or Fraction(1, 90_000)
             self._decoding = self._decode()
             first = next(self._decoding, None)
@@ -253,7 +254,7 @@ def _open_container(source: str):
     return container
 
 
-def _video_stream(container, source: str):
+def _video_stream(container, source: str, threads: int):
     """The first video stream that is not cover art; checks the size that its header states before anything is allocated."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
@@ -264,7 +265,7 @@ def _video_stream(container, source: str):
     if codec is None:
         raise UserError(f"{source}: its video codec is unknown, or its header is damaged: convert it to H.264, or fetch it again")
     check_size(source, codec.height, codec.width)
-    stream.thread_type = "AUTO"  # frames in parallel, where the codec can
+    stream.thread_type, codec.thread_count = "AUTO", threads  # frames in parallel, where the codec can
     return stream
 
 
@@ -301,11 +302,13 @@ def read_rounds(
     start: Number = 0.0,
     duration: Number | None = None,
     size: tuple[int, int] | None = None,
+    threads: int = 0,
 ) -> Iterator[Round]:
     """The rounds of a video. Round r shows frame i at t = start + r * chunk_seconds + i / fps: the last frame that begins at or before t.
 
     `start` and `duration` are in seconds; rounds that begin before start + duration are given. `size` (height, width) in pixels overrules
     the size that follows from `max_pixels`. The last round is given where the video covers its first sample, and repeats the last frame.
+    So many `threads` decode; 0: as many as FFmpeg thinks fit.
     The file is opened and checked at the call; decoding begins with the first round.
 
     Raises UserError at the call for an unusable file or setting, and while reading where `start` lies beyond the end; TruncatedVideo after
@@ -322,7 +325,7 @@ def read_rounds(
         raise UserError(f"--duration must be positive, not {duration:g}")
     if size is not None and min(size) < 1:
         raise UserError(f"a frame size of {size[1]} x {size[0]} pixels is impossible")
-    reader = VideoReader(source)
+    reader = VideoReader(source, threads)
     if size is None:
         size = resized_size(reader.info.height, reader.info.width, min_pixels=min(MIN_PIXELS, max_pixels), max_pixels=max_pixels)
     return _rounds(reader, size, [i / rate for i in range(count)], chunk, begin, stop)

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.video.reformatter import VideoReformatter
 
 from svlm_jax.data.annotations import Annotation, Question, Word, annotation_row
 from svlm_jax.data.chunks import ChunkConfig, chunk_times
@@ -59,12 +60,14 @@ def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None
     """Films the match from `config.start` to its end, into an MP4 whose header comes first. `progress` is told the seconds done."""
     c = config or FilmConfig()
     painter = Painter(match, c.height, c.width)
+    converter = VideoReformatter()
     options = {"crf": str(c.quality), "preset": c.preset, "g": str(KEYFRAME_SECONDS * c.fps), "threads": "1"}
     with whole(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=c.fps, options=options)
         stream.height, stream.width, stream.pix_fmt = c.height, c.width, "yuv420p"
         for number in range(math.ceil((match.seconds - c.start) * c.fps)):
-            frame = av.VideoFrame.from_ndarray(painter(c.start + number / c.fps), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(painter(c.start + number / c.fps), format="rgb24")
+            frame = converter.reformat(picture, format="yuv420p", threads=1)
             frame.pts, frame.time_base = number, Fraction(1, c.fps)
             container.mux(stream.encode(frame))
             if progress and number % c.fps == 0:

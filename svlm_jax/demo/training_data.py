@@ -2,8 +2,9 @@
 
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --first-seed 1000 --processes 16
 
-`chunks.jsonl` has the whole matches with a question now and then, `asked.jsonl` the same with a question every other second, `openings.jsonl`
-the first 48 seconds of further matches. Seeds below 1000 are for evaluation and are refused here.
+`chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
+whole matches with a question every other second, `openings.jsonl` the first 48 seconds of further matches. Seeds below 1000 are for
+evaluation and are refused here.
 """
 
 import argparse
@@ -24,6 +25,7 @@ FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
 MEMORY = 96, 480  # first and last words of the previous text that rows can need
 EVERY = {"chunks": 20.0, "asked": 2.0, "openings": 6.0}  # seconds between two questions, on average
+PRESETS = "ultrafast", "superfast", "ultrafast", "veryfast"  # of x264: fast ones, and not all the same
 BALL = ("ball", "ball", "score", "scorer")  # what is asked in `asked`: mostly what can be seen
 
 
@@ -42,7 +44,7 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     """Films a match; its rows by data set."""
     match = simulate(task.seed, task.seconds)
     name = f"{task.seed}.mp4"
-    write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset="superfast"))
+    write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=PRESETS[task.seed % len(PRESETS)]))
     found = {}
     for data_set in ("openings",) if task.opening else ("chunks", "asked"):
         kinds = BALL if data_set == "asked" else ("score", "scorer", "ball")
@@ -52,6 +54,12 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     return found
 
 
+def dense(chunks: list[Annotation]) -> list[Annotation]:
+    """The half of the chunks with the most words, in their order."""
+    least = sorted(len(chunk.words) for chunk in chunks)[len(chunks) // 2] if chunks else 0
+    return [chunk for chunk in chunks if len(chunk.words) >= least]
+
+
 def write(tasks: Iterable[Task], folder: Path, processes: int) -> dict[str, int]:
     """All matches, so many at a time; rows of each data set."""
     rows: dict[str, list[Annotation]] = {"chunks": [], "asked": [], "openings": []}
@@ -59,6 +67,7 @@ def write(tasks: Iterable[Task], folder: Path, processes: int) -> dict[str, int]
         for found in pool.imap(make, tasks):
             for data_set, annotations in found.items():
                 rows[data_set] += annotations
+    rows["dense"] = dense(rows["chunks"])
     return {name: write_annotations(iter(annotations), folder / f"{name}.jsonl") for name, annotations in rows.items() if annotations}
 
 

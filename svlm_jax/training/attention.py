@@ -211,11 +211,13 @@ def _cudnn(job: Job) -> Attention:
 
         def shard(q, k, v, segments):
             lengths, offsets = segment_bounds(segments, max(2, job.max_segments))  # with room for one alone it takes no offsets
+            # The kernel does not write rows of no segment, neither of its output nor of the gradients: both are set to zero here
+            there = (segments > 0)[..., None, None]
+            q, k, v = (jnp.where(there, a, 0) for a in (q, k, v))
             heads = packed(
                 q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets, kv_offsets=offsets, scale=float(q.shape[-1] ** -0.5)
             )
-            # What the kernel leaves in rows of no segment is not stated
-            return jnp.where((segments > 0)[..., None, None], heads, 0)
+            return jnp.where(there, heads, 0)
 
         return jax.shard_map(
             shard, mesh=job.mesh, in_specs=(spec, spec, spec, PartitionSpec(ROWS)), out_specs=spec, check_vma=False

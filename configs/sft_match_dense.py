@@ -1,0 +1,27 @@
+"""The second stage of the bundled model: the densest chunks, questions as seldom as in use, the learning rate down to zero.
+
+    python train.py sft_match_dense out=run2 weights=run steps=800
+
+The first stage is configs/sft_match.py.
+"""
+
+import dataclasses
+
+from svlm_jax.configs import sft_match
+from svlm_jax.data.pipeline import DatasetConfig
+from svlm_jax.training.config import RunConfig
+
+SHARES = {"dense": 0.45, "chunks": 0.2, "asked": 0.2, "openings": 0.15}
+
+
+def config() -> RunConfig:
+    first = sft_match.config()
+    sets = {name: DatasetConfig(f"{sft_match.FOLDER}/{name}.jsonl", sft_match.FOLDER, weight=share) for name, share in SHARES.items()}
+    optimizer = dataclasses.replace(first.step.optimizer, learning_rate=1.5e-3, warmup=0.03, final=0.0)
+    return dataclasses.replace(
+        first,
+        out="run2",
+        data=dataclasses.replace(first.data, datasets=sets, seed=1),
+        steps=800,
+        step=dataclasses.replace(first.step, optimizer=optimizer),
+    )
