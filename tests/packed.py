@@ -52,7 +52,7 @@ def _grids(config: ModelConfig, clip: np.ndarray):
     if frames % 2:
         clip = np.concatenate([clip, clip[-1:]])
     order, side = window_order(c, height, width), c.patch_size
-    pair = clip.reshape(-1, 2, 3, height // side, side, width // side, side).transpose(0, 3, 5, 2, 1, 4, 6)
+    pair = clip.reshape(-1, 2, 3, height // side, side, width // side, side).transpose(0, 3, 5, 1, 4, 6, 2)
     row, column = np.meshgrid(np.arange(height // side), np.arange(width // side), indexing="ij")
 
     def processor_order(a):

@@ -39,7 +39,8 @@ def test_patches_are_those_of_the_vision_tower(size):
     order = window_order(VISION, *size)
     ours = window_patches(frames, VISION)
     theirs = np.asarray(patchify(VISION, np.moveaxis(frames, -1, 1)[None]))[:, order.source].reshape(ours.shape)
-    mean, std = (np.array(v, np.float32).repeat(2 * 14 * 14) for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
+    theirs = theirs.reshape(*ours.shape[:-1], 3, -1).swapaxes(-1, -2).reshape(ours.shape)  # colour, frame, y, x
+    mean, std = (np.tile(np.array(v, np.float32), 2 * 14 * 14) for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
     np.testing.assert_allclose((ours / np.float32(255) - mean) / std, theirs, atol=1e-5)
 
 

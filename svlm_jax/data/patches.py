@@ -36,17 +36,24 @@ def grid_order(vision: VisionConfig, height: int, width: int) -> GridOrder:
 def window_patches(
     frames: UInt8[np.ndarray, "F height width 3"], vision: VisionConfig, out: UInt8[np.ndarray, "grids w p features"] | None = None
 ) -> UInt8[np.ndarray, "grids w p features"]:
-    """Frames as patches (colour, frame, y, x) in window order, in `out` if given; padding repeats patch 0. An odd last frame is repeated."""
+    """Frames as patches (frame, y, x, colour) in window order, in `out` if given; padding repeats patch 0. An odd last frame is repeated."""
     patch, merge, depth = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     if len(frames) % depth:
         frames = np.concatenate([frames, np.repeat(frames[-1:], depth - len(frames) % depth, axis=0)])
     count, height, width, channels = frames.shape
-    h, w = height // vision.merged_patch_size, width // vision.merged_patch_size
-    x = frames.reshape(count // depth, depth, h, merge, patch, w, merge, patch, channels)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # grid, h, w, row in merge, column in merge, colour, frame, y, x
-    x = x.reshape(count // depth, h * w * merge**2, vision.patch_features)
-    order = grid_order(vision, height, width)
+    order, side = grid_order(vision, height, width), vision.merged_patch_size
+    rows, columns = height // side, width // side
+    tall, wide = (rows, columns) if vision.window_size is None else (vision.window_size // side,) * 2
+    x = frames.reshape(count // depth, depth, rows, merge, patch, columns, merge, patch, channels)
+    x = x.transpose(0, 2, 5, 3, 6, 1, 4, 7, 8)  # grid, row, column, row in merge, column in merge, frame, y, x, colour
     shape = len(x), *order.valid.shape, vision.patch_features
     out = np.empty(shape, np.uint8) if out is None else out
-    np.take(x, order.source, axis=1, out=out.reshape(len(x), -1, vision.patch_features), mode="clip")  # no index is out of bounds
+    placed = out.reshape(len(x), shape[1], tall, wide, *x.shape[3:])
+    across = -(-columns // wide)
+    for window in range(shape[1]):
+        top, left = window // across * tall, window % across * wide
+        part = x[:, top : top + tall, left : left + wide]
+        placed[:, window, : part.shape[1], : part.shape[2]] = part
+    if not order.valid.all():
+        out[:, ~order.valid] = out[:, :1, 0]
     return out

@@ -15,6 +15,7 @@ Words are said in the first turn that ends no sooner than they do.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -124,6 +125,12 @@ def make_script(annotation: Annotation, config: SampleConfig) -> Script:
     return Script(tuple(turns), len(words) - next_word, len(questions) - next_question)
 
 
+@functools.lru_cache(64)
+def _clip(grid: tuple[int, int, int], step: Fraction, unit: int) -> tuple[Int[np.ndarray, "n 3"], int]:
+    """Positions of a clip's tokens from its first on, and how many it takes. The same for most turns of most samples."""
+    return clip_offsets(grid, step, unit), clip_extent(grid, step, unit)
+
+
 class _Row:
     """Tokens, positions and places, as pieces are put behind one another."""
 
@@ -145,8 +152,9 @@ class _Row:
         count = math.prod(grid)
         self.places.extend(range(len(self.tokens), len(self.tokens) + count))
         self.tokens.extend([layout.video_pad] * count)
-        self._positions.append(self._end + clip_offsets(grid, self.step, self.unit))
-        self._end += clip_extent(grid, self.step, self.unit)
+        offsets, extent = _clip(grid, self.step, self.unit)
+        self._positions.append(self._end + offsets)
+        self._end += extent
         self.text([layout.vision_end])
 
     def positions(self) -> np.ndarray:

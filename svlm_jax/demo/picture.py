@@ -44,8 +44,9 @@ class Painter:
         self.match, self.height, self.width = match, height, width
         self.unit = METRE * min(height / HEIGHT, width / WIDTH)  # pixels a metre
         self.rng = np.random.default_rng([match.seed, 2])
-        self.light = self.rng.uniform(0.9, 1.06)
-        self.grain = self.rng.normal(0, self.rng.uniform(1.0, 4.5), (2 * height, 2 * width, 1)).astype(np.int16)
+        self.light = round(self.rng.uniform(0.88, 1.08), 2)
+        grain = np.repeat(self.rng.normal(0, self.rng.uniform(0.6, 3.0), (2 * height, 2 * width, 1)), 3, axis=2)
+        self.grain = tuple(np.clip(np.rint(sign * grain), 0, 20).astype(np.uint8) for sign in (1, -1))  # what it adds, what it takes away
 
     def __call__(self, time: float) -> UInt8[np.ndarray, "H W 3"]:
         """The picture at that many seconds."""
@@ -53,10 +54,11 @@ class Painter:
         game = match.game(time)
         if scene.board:
             return self._grained(_board(game, self.height, self.width).copy())
-        base, margin = _ground(game.pitch, self.height, self.width, self.unit)
-        left, top = margin + scene.camera * self.unit
-        picture = _window(base, top, left, self.height, self.width)
-        middle = np.array([self.width, self.height]) / 2 - scene.camera * self.unit
+        grounds, margin = _grounds(game.pitch, self.light, self.height, self.width, self.unit)
+        corner = np.rint((margin + scene.camera * self.unit) * PHASES).astype(int)  # the camera moves by quarters of a pixel
+        (left, top), phase = corner // PHASES, corner % PHASES
+        picture = grounds[phase[1]][phase[0]][top : top + self.height, left : left + self.width].copy()
+        middle = np.array([self.width, self.height]) / 2 - (corner / PHASES - margin)
         for player in range(2 * SIDE):
             team, place = player // SIDE, middle + scene.players[player] * self.unit
             stamp = _fallen if player == scene.fallen else _player
@@ -82,19 +84,22 @@ class Painter:
 
     def _grained(self, picture: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
         y, x = self.rng.integers(self.height), self.rng.integers(self.width)
-        noisy = picture.astype(np.int16)
-        if self.light != 1:
-            noisy = (noisy * int(self.light * 64)) >> 6
-        return np.clip(noisy + self.grain[y : y + self.height, x : x + self.width], 0, 255).astype(np.uint8)
+        here = slice(y, y + self.height), slice(x, x + self.width)
+        more, less = self.grain[0][here], self.grain[1][here]
+        np.minimum(picture, 255 - more, out=picture)
+        picture += more
+        np.maximum(picture, less, out=picture)
+        picture -= less
+        return picture
 
 
 # What pictures are put together of. Sprites are (colour, opacity) for each place within a pixel.
 
 
 @functools.lru_cache(16)
-def _ground(pitch: str, height: int, width: int, unit: float) -> tuple[np.ndarray, np.ndarray]:
-    """(the pitch with a margin for the camera, the margin (x, y) in pixels)."""
-    turf, mown, line = GROUNDS[pitch]
+def _grounds(pitch: str, light: float, height: int, width: int, unit: float) -> tuple[list[list[np.ndarray]], float]:
+    """(the pitch with a margin for the camera, moved up and left by each phase of a pixel [y][x]; the margin in pixels)."""
+    turf, mown, line = (tuple(min(255, int(c * light)) for c in colour) for colour in GROUNDS[pitch])
     margin = math.ceil(9 * unit)
     size = width + 2 * margin, height + 2 * margin
     image = Image.new("RGB", (size[0] * 2, size[1] * 2), tuple(int(c * 0.82) for c in turf))
@@ -115,16 +120,10 @@ def _ground(pitch: str, height: int, width: int, unit: float) -> tuple[np.ndarra
     for end in (-1, 1):
         box(end * half, -BOX[1], end * (half - BOX[0]), BOX[1], outline=line, width=thick)
         box(end * half, -GOAL, end * (half + 2.6), GOAL, fill=(200, 208, 200), outline=line, width=thick)
-    return np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.float32), np.array([margin, margin], float)
-
-
-def _window(base: np.ndarray, top: float, left: float, height: int, width: int) -> np.ndarray:
-    """The part of a larger picture whose corner is there, between pixels too."""
-    y, x = int(top), int(left)
-    part = base[y : y + height + 1, x : x + width + 1]
-    fy, fx = np.float32(top - y), np.float32(left - x)
-    rows = part[:-1] * (1 - fy) + part[1:] * fy
-    return (rows[:, :-1] * (1 - fx) + rows[:, 1:] * fx).astype(np.uint8)
+    base = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.float32)
+    steps = [part / PHASES for part in range(PHASES)]
+    rows = [base[:-1] * (1 - part) + base[1:] * part for part in steps]
+    return [[(row[:, :-1] * (1 - part) + row[:, 1:] * part).astype(np.uint8) for part in steps] for row in rows], float(margin)
 
 
 Sprite = tuple[np.ndarray, np.ndarray]  # colour x opacity and 1 - opacity, each float32 [PHASES, PHASES, h, w, 3 or 1]

@@ -23,9 +23,9 @@ Block = Callable[[VisionBlock, Array, Array, Array, Array, Array], Array]  # mod
 
 
 def normalised(config: VisionConfig, patches: UInt8[Array, "bins W p features"]) -> Float[Array, "bins W p features"]:
-    """Raw pixels (colour, frame, y, x) as the tower takes them, float32."""
+    """Raw pixels (frame, y, x, colour) as the tower takes them, float32."""
     size = config.temporal_patch_size * config.patch_size**2
-    mean, std = np.repeat(PIXEL_MEAN, size), np.repeat(PIXEL_STD, size)
+    mean, std = np.tile(PIXEL_MEAN, size), np.tile(PIXEL_STD, size)
     return (patches.astype(jnp.float32) * np.float32(1 / 255) - mean) / std
 
 
@@ -74,7 +74,9 @@ def packed_features(
     c = tower.config
     with jax.named_scope("patchify"):
         x = normalised(c, patches).astype(tower.patch_embed.dtype)
-        x = jnp.einsum("bwpf,fe->bwpe", x, tower.patch_embed[...])
+        # The tower's features are (colour, frame, y, x)
+        embed = tower.patch_embed[...].reshape(c.in_channels, -1, c.hidden_size).swapaxes(0, 1).reshape(-1, c.hidden_size)
+        x = jnp.einsum("bwpf,fe->bwpe", x, embed)
         rotation = patch_rotation(c, coordinates)
         segments = jnp.where(valid, grids[..., None], 0).reshape(valid.shape[0], -1)
     run_block = once(_run_block, "full", "attention")
