@@ -19,6 +19,7 @@ from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import LoadedModel
 from svlm_jax.checkpoints.run_form import described_in
 from svlm_jax.checkpoints.source import open_source
+from svlm_jax.checkpoints.stream_settings import read_stream_settings
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
 from svlm_jax.data.video import Round as VideoRound
@@ -148,8 +149,14 @@ class Commentary:
           model: from `load`, or what `load` takes (then also `weights` and `dtype`).
           start, duration: the part of the video to caption, in seconds.
           questions: (time in seconds, text): each is put to the model in the round that contains its time.
-          settings: fields of StreamConfig. In mode "full", capacity_rounds is the video's length unless given.
+          settings: fields of StreamConfig; what is not given is as the model's `streaming.json` has it, if it has one. In mode "full",
+            capacity_rounds is the video's length unless given.
         """
+        self.model = model if isinstance(model, LoadedModel) else None
+        self.checkpoint = None if isinstance(model, LoadedModel) else Checkpoint.open(model, weights=weights, dtype=dtype)
+        known = self.model or self.checkpoint
+        assert known is not None
+        settings = {**read_stream_settings(known.path), **settings}
         config = stream_config(settings)
         self.source, self.start = os.fspath(source), float(start)
         self.info: VideoInfo = probe(self.source)
@@ -159,10 +166,6 @@ class Commentary:
         if config.mode == "full" and "capacity_rounds" not in settings and self.end is not None:
             rounds = math.ceil((self.end - start) / config.chunk_seconds) + 1  # containers round their durations
             config = dataclasses.replace(config, capacity_rounds=max(2, rounds))
-        self.model = model if isinstance(model, LoadedModel) else None
-        self.checkpoint = None if isinstance(model, LoadedModel) else Checkpoint.open(model, weights=weights, dtype=dtype)
-        known = model if isinstance(model, LoadedModel) else self.checkpoint
-        assert known is not None
         self.path, tokenizer = known.path, known.tokenizer
         self._questions = self._place(questions, config)
         asked = max((len(encode_query(tokenizer, text)) for text in self._questions.values()), default=0)

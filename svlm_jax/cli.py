@@ -16,6 +16,7 @@ COMMANDS = {  # each a module of svlm_jax.commands, imported only when it is cal
     "caption": "comment on a video, on the terminal and in caption files",
     "bench": "measure how fast this device is",
     "data": "look at training data and prepare it",
+    "demo": "make a simulated match: a video, and what really happens in it",
     "convert": "convert a checkpoint: Hugging Face to Orbax and back, or to another dtype",
     "inspect": "say what a checkpoint is: family, sizes, dtypes, files",
     "check": "check a checkpoint, by itself or against another",

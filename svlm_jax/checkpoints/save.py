@@ -16,6 +16,7 @@ from svlm_jax.checkpoints.names import Index, Piece, name_table
 from svlm_jax.checkpoints.plan import INDEX, SINGLE, Path_, leaves
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, write_file
 from svlm_jax.checkpoints.staging import refuse_existing, staged
+from svlm_jax.checkpoints.stream_settings import FILE as STREAM_SETTINGS
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in total
 COMPANIONS = (  # beside the weights: tokenizer, prompt template, image processor, sampling defaults, terms
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
-    *("generation_config.json", "README.md", "LICENSE", "NOTICE"),
+    *("generation_config.json", STREAM_SETTINGS, "README.md", "LICENSE", "NOTICE"),
 )
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def stream(group: Any, name: str, field: str, text: str, **how: Any) -> None:
         default = getattr(_DEFAULTS, field)
         shown = "off" if default is None else "none" if default == "" else default
-        group.add_argument(name, dest=field, default=default, help=f"{text} (default: {shown})", **how)
+        group.add_argument(name, dest=field, default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **how)
 
     parser.add_argument("source", nargs="?", metavar="VIDEO", help="a file or URL (default: the bundled clip)")
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face model directory, or a name on the Hub (default: the bundled one)")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stream(remember, "--mode", "mode", how, choices=("streaming", "full", "windows", "recompute"))
     stream(remember, "--positions", "positions", "of what is left when older rounds leave", choices=("contiguous", "append"))
     room = "rounds that --mode full has room for (default: those of the video)"
-    remember.add_argument("--capacity-rounds", metavar="ROUNDS", type=int, help=room)
+    remember.add_argument("--capacity-rounds", metavar="ROUNDS", type=int, default=argparse.SUPPRESS, help=room)
 
     say = parser.add_argument_group("saying")
     stream(say, "--query", "query", "what the model is asked to do, in its first round", metavar="TEXT")
@@ -63,12 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def stream_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of StreamConfig that the flags set. Raises UsageError where they do not go together."""
+    """The fields of StreamConfig that flags were given for. Raises UsageError where they do not go together."""
     names = [field.name for field in dataclasses.fields(StreamConfig)]
-    fields = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    fields = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.weights and not args.model:
         raise UsageError("--weights needs --model, which has the config and the tokenizer that go with them")
-    fields |= {"text_sink": args.text_sink, "text_sliding": args.text_sliding}  # None is off
     try:
         StreamConfig(**fields)
     except UserError as error:

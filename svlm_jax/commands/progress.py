@@ -1,4 +1,4 @@
-"""How far a long copy is: bytes, speed and time to go, on one line that is drawn again, or a line now and then in a log."""
+"""How far long work is: how much is done, how fast, and the time to go, on one line that is drawn again, or a line now and then in a log."""
 
 import sys
 import time
@@ -19,15 +19,18 @@ class ProgressLine:
         self._told = self._began if not self._live else -REDRAWN
         self._drawn = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: float, total: float) -> None:
         moment = self._now()
         if done < total and moment - self._told < (REDRAWN if self._live else LOGGED):
             return
         self._told = moment
-        line = f"{self._words} {status(done, total, moment - self._began)}"
+        line = f"{self._words} {self._status(done, total, moment - self._began)}"
         self._out.write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
         self._out.flush()
         self._drawn = True
+
+    def _status(self, done: float, total: float, seconds: float) -> str:
+        return status(int(done), int(total), seconds)
 
     def __enter__(self) -> "ProgressLine":
         return self
@@ -36,6 +39,22 @@ class ProgressLine:
         if self._live and self._drawn:
             self._out.write("\n")
             self._out.flush()
+
+
+class Countdown(ProgressLine):
+    """Call it with the seconds of a video that are done; `total` of them in all."""
+
+    def __init__(self, words: str, total: float, **how: Any):
+        super().__init__(words, **how)
+        self._total = total
+
+    def __call__(self, done: float, total: float = 0.0) -> None:
+        super().__call__(done, self._total)
+
+    def _status(self, done: float, total: float, seconds: float) -> str:
+        speed = done / seconds if seconds > 0 else 0.0
+        left = f", {_clock((total - done) / speed)} to go" if speed else ""
+        return f"{_clock(done)} of {_clock(total)}, {speed:.0f} times as fast as it plays{left}"
 
 
 def status(done: int, total: int, seconds: float) -> str:

@@ -249,8 +249,10 @@ def question_kind(question: str) -> str | None:
 
 
 def answer(match: Match, question: str, index: int) -> str:
-    """What is true in a round: of the last picture it shows, and of the events told up to it."""
+    """What is true in a round: of the last picture it shows, and of the events told up to it. ValueError where it is not known."""
     kind, now = question_kind(question), index + 1 - DELAY
+    if kind is None:
+        raise ValueError(f"nobody knows the answer to {question!r}")
     if kind == "score":
         return score_text(match, now)
     kits = match.game(now).kits

@@ -10,19 +10,33 @@ from pathlib import Path
 import jax
 
 from svlm_jax.checkpoints.save import save_params
+from svlm_jax.checkpoints.stream_settings import write_stream_settings
 from svlm_jax.configs.models import match
+from svlm_jax.demo.commentary import QUERY
 from svlm_jax.demo.make_tokenizer import make
 from svlm_jax.demo.make_tokenizer import write as write_tokenizer
 from svlm_jax.demo.match_vocabulary import VOCABULARY, corpus
+from svlm_jax.demo.picture import HEIGHT, WIDTH
 from svlm_jax.model.qwen_vl import init_params
 
 SEED = 0
+SETTINGS = {  # as configs/sft_match.py trains it; what is likeliest is said, and saying it again costs nothing
+    "fps": 2.0,
+    "max_pixels": HEIGHT * WIDTH,
+    "max_new_tokens": 28,
+    "text_sink": 64,
+    "text_sliding": 448,
+    "query": QUERY,
+    "temperature": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 def write(folder: Path) -> Path:
     """The model's directory, which must not be there yet."""
     with tempfile.TemporaryDirectory() as scratch:
         write_tokenizer(make(corpus(), VOCABULARY), Path(scratch))
+        write_stream_settings(Path(scratch), SETTINGS)
         params = init_params(match(), jax.random.key(SEED))
         return save_params(params, match(), folder, tokenizer_files_from=scratch)
 

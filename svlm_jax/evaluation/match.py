@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svlm_jax.demo.commentary import DELAY, Claim, Line, answer_claim, claims, commentate, question_kind
+from svlm_jax.demo.commentary import DELAY, Claim, Line, answer, answer_claim, claims, commentate
 from svlm_jax.demo.match import KINDS, Event, Match
 
 TOLERANCE = 1.0  # seconds
@@ -56,22 +56,9 @@ def findings(match: Match, said: Sequence[Said]) -> list[Finding]:
     found = [*_events(match, claimed), *_scores(match, claimed), *_updates(match, claimed)]
     for each in rounds:
         if each.question:
-            right = answer_claim(each.answer) == answer_claim(truth(match, each.question, each.round))
+            right = answer_claim(each.answer) == answer_claim(answer(match, each.question, each.round))
             found.append(Finding(each.round, "answer", right))
     return [*found, *_quiet(match, rounds), *_repetition(rounds)]
-
-
-def truth(match: Match, question: str, round: int) -> str:
-    """The right answer. ValueError for a question whose answer is not known."""
-    if question_kind(question) is None:
-        raise ValueError(f"the simulator cannot answer {question!r}")
-    return commentate_answer(match, question, round)
-
-
-def commentate_answer(match: Match, question: str, round: int) -> str:
-    from svlm_jax.demo.commentary import answer
-
-    return answer(match, question, round)
 
 
 def _same(event: Event, claim: Claim, match: Match) -> bool:

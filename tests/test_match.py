@@ -1,0 +1,250 @@
+"""The simulated match: what happens in it, what is said about it, its pictures and files."""
+
+import collections
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from svlm_jax.cli import run
+from svlm_jax.data.annotations import AnnotationFile
+from svlm_jax.data.chunks import ChunkConfig
+from svlm_jax.data.video import read_rounds
+from svlm_jax.demo import commentary, match, picture
+from svlm_jax.demo.commentary import NUMBERS, Claim, claims, commentate, random_questions, round_of
+from svlm_jax.demo.film import FilmConfig, chunks, spoken, write_video
+from svlm_jax.demo.make_match_model import SETTINGS
+from svlm_jax.demo.make_tokenizer import make
+from svlm_jax.demo.match import BREADTH, LENGTH, NEAR, TICK, TOUCHING, simulate
+from svlm_jax.demo.match_vocabulary import VOCABULARY, corpus
+from svlm_jax.evaluation.match import Said, report
+from svlm_jax.tokenizer import Tokenizer
+
+MINUTES = 20.0
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def played(request) -> match.Match:
+    return simulate(request.param, 60 * MINUTES)
+
+
+def test_a_seed_is_a_match_and_a_longer_one_begins_the_same(played):
+    again = simulate(played.seed, 300.0)
+    assert again.events == tuple(event for event in played.events if event.time < 300)
+    np.testing.assert_array_equal(again.scenes[2000].players, played.scenes[2000].players)
+    assert simulate(played.seed + 100, 300.0).events != again.events
+
+
+def test_what_happens_and_how_often(played):
+    kinds = collections.Counter(event.kind for event in played.events)
+    assert set(kinds) <= set(match.KINDS) and len(kinds) >= 12
+    assert kinds["new game"] == 2  # a new one after fifteen minutes
+    gaps = np.diff([event.time for event in played.events])
+    assert gaps.min() >= match.GAP - TICK  # so that two are never told in one round
+    # Goals in one game, breaks left out
+    goals = [event.time for event in played.events if event.kind == "goal"]
+    assert all(100 < after - before < 420 for before, after in itertools.pairwise(goals))
+    # The score is spoken at goals, in breaks and when games begin
+    scores = [event.time for event in played.events if event.kind in ("goal", "break", "new game")]
+    assert max(np.diff(scores)) < 150 and np.median(np.diff(scores)) < 90
+
+
+def test_play_has_an_event_every_two_to_four_seconds(played):
+    stopped = {"out", "foul", "miss", "goal", "break", "new game"}
+    gaps = [b.time - a.time for a, b in itertools.pairwise(played.events) if a.kind not in stopped]
+    assert 2 <= np.mean(gaps) <= 4
+
+
+def test_players_keep_their_distance_and_the_pitch(played):
+    places = np.stack([scene.players for scene in played.scenes if not scene.board])
+    gaps = np.linalg.norm(places[:, :, None] - places[:, None], axis=-1) + 99 * np.eye(10)
+    assert gaps.min() > 0.75 * TOUCHING and np.quantile(gaps.min(axis=(1, 2)), 0.05) > 0.9 * min(NEAR, TOUCHING)
+    assert np.abs(places[..., 0]).max() < LENGTH / 2 + 2 and np.abs(places[..., 1]).max() < BREADTH / 2 + 2
+    pairs = [(a, b) for a, b in itertools.pairwise(played.scenes) if not (a.board or b.board)]
+    assert max(np.linalg.norm(b.players - a.players, axis=1).max() for a, b in pairs) < 1.6  # metres in a tick, pushing included
+
+
+def test_the_ball_is_where_events_say(played):
+    """A quarter of a second later, when the first picture shows it."""
+    for event in played.events:
+        if event.kind not in ("pass", "tackle", "interception", "save") or event.time + 0.3 > played.seconds:
+            continue
+        scene, game = played.scene(event.time + 0.25), played.game(event.time)
+        team, player = divmod(scene.holder, match.SIDE)
+        who = (event.other_team, event.other) if event.kind == "pass" else (event.team, event.player)
+        assert (team, game.shirts[team][player]) == who, event
+        assert np.linalg.norm(scene.ball[:2] - scene.players[scene.holder]) < 5
+
+
+def test_score_and_last_scorer(played):
+    goals = [event for event in played.events if event.kind == "goal"]
+    for event in goals:
+        before, after = played.score(event.time - TICK), played.score(event.time)
+        assert sum(after) == sum(before) + 1 and after[event.team] == before[event.team] + 1
+        assert played.last_scorer(event.time) == (event.team, event.player)
+    second = played.games[1].start
+    assert played.score(second + 1) == (0, 0) and played.last_scorer(second + 1) is None
+
+
+def test_every_event_is_told_once_in_words_that_can_be_read_back(played):
+    lines, told = commentate(played), 0
+    for event in played.events:
+        index = round_of(event.time)
+        if index >= played.seconds:
+            continue
+        assert -0.25 <= index - event.time <= 0.75
+        (_, claim), *more = claims(lines[index].words)
+        kits = played.game(event.time).kits
+        assert claim is not None and not more and claim.kind == event.kind
+        assert claim.player == event.player and claim.team == (None if event.team is None else kits[event.team])
+        told += 1
+    others = [claim.kind for line in lines.values() for _, claim in claims(line.words) if claim.kind in ("score", "scorer", "no scorer")]
+    assert told + len(others) == sum(len(line.sentences) for line in lines.values())
+
+
+def test_sentences_of_the_grammar_mean_one_thing():
+    fill = {"T": "red", "P": "four", "O": "five", "U": "red", "W": "blue", "X": "two", "Y": "one", "L": "on the left"}
+    tables = {
+        **commentary.EVENT_SENTENCES,
+        "score": commentary.SCORE_SENTENCES,
+        "scorer": commentary.SCORER_SENTENCES,
+        "no scorer": commentary.NO_SCORER_SENTENCES,
+    }
+    said = [(kind, text.format(**fill)) for kind, texts in tables.items() for text in texts]
+    assert len({text for _, text in said}) == len(said)
+    for kind, text in said:
+        ((sentence, claim),) = claims(text)
+        assert sentence == text and claim is not None and claim.kind == kind
+    assert list(claims("the moon is full. red four scored last.")) == [
+        ("the moon is full.", None),
+        ("red four scored last.", Claim("scorer", "red", 4)),
+    ]
+
+
+def test_words_are_tokens_and_a_round_fits():
+    tokenizer = Tokenizer(make(corpus(), VOCABULARY))
+    words = {word for line in commentate(simulate(5, 1800.0)).values() for word in re.findall(r" [a-z]+", f" {line.words}")}
+    assert len(words) > 120 and all(len(tokenizer.encode_plain(word)) == 1 for word in words)
+    assert all(len(tokenizer.encode_plain(f" {word}")) == 1 for word in (*match.KITS, *NUMBERS))
+    lines = commentate(simulate(5, 3600.0), random_questions(simulate(5, 3600.0), 2.0)).values()
+    longest = max(len(tokenizer.encode_plain(spoken(line) + " ...")) + 1 for line in lines)
+    assert longest <= SETTINGS["max_new_tokens"]
+
+
+def test_answers():
+    played = simulate(4, 600.0)
+    asked = random_questions(played, 5.0)
+    lines = commentate(played, asked)
+    for index, question in asked.items():
+        kind, said = commentary.question_kind(question), lines[index].answer
+        now = index + 0.25
+        if kind == "score":
+            assert said == commentary.score_text(played, now)
+        elif kind == "ball":
+            assert (said == "nobody.") == (played.scene(index + 0.5).holder < 0 or played.scene(index + 0.5).board)
+    with pytest.raises(ValueError, match="nobody knows"):
+        commentary.answer(played, "who will win?", 10)
+
+
+def test_pictures_show_ball_numbers_and_kits():
+    played = simulate(1, 60.0)
+    paint = picture.Painter(played)
+    shown = paint(30.0)
+    assert shown.shape == (picture.HEIGHT, picture.WIDTH, 3) and shown.dtype == np.uint8
+    scene, game = played.scene(30.0), played.game(30.0)
+    corner = np.array([picture.WIDTH, picture.HEIGHT]) / 2 - scene.camera * paint.unit
+    for player in range(10):
+        x, y = np.rint(corner + scene.players[player] * paint.unit).astype(int)
+        shirt, ink = picture.SHIRTS[game.kits[player // 5]]
+        disc = shown[max(0, y - 7) : y + 8, max(0, x - 7) : x + 8].reshape(-1, 3).astype(int)
+        for colour, least in ((shirt, 0.25), (ink, 0.03)):
+            assert (np.abs(disc - colour).max(axis=1) < 40).mean() > least, (player, colour)
+    assert (paint(2.0) != shown).any() and np.array_equal(picture.Painter(played)(30.0), shown)  # the same seed, the same pixels
+
+
+def test_films_are_read_back(tmp_path):
+    played = simulate(1, 12.0)
+    write_video(played, tmp_path / "a.mp4", FilmConfig(fps=4, quality=12))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+    rounds = list(read_rounds(tmp_path / "a.mp4", fps=2, chunk_seconds=1, max_pixels=picture.HEIGHT * picture.WIDTH))
+    assert len(rounds) == 12 and rounds[0].frames.shape == (2, picture.HEIGHT, picture.WIDTH, 3)
+    paint = picture.Painter(played)
+    drawn = [paint(number / 4) for number in range(42)][40]
+    assert np.abs(rounds[10].frames[0].astype(int) - drawn).mean() < 4
+
+
+def test_chunks_remember_what_was_said_before(played):
+    lines = commentate(played, random_questions(played, 10.0))
+    cut = list(chunks("a.mp4", played.seconds, lines, ChunkConfig(24, 12), memory=(64, 448)))
+    said = [spoken(lines[index]) if index in lines else "" for index in range(int(played.seconds))]
+    assert cut[0].previous == "" and cut[0].query and not cut[5].query
+    assert cut[5].previous == "".join(said[:60])
+    late = cut[-1].previous
+    assert late.startswith("".join(said[:20])) and late.endswith("".join(said[int(cut[-1].start) - 60 : int(cut[-1].start)]))
+    assert 512 <= len(late.split()) < 600
+    words = [word.text for chunk in cut[::2] for word in chunk.words]
+    assert words == [word for index in range(int(played.seconds)) if index in lines for word in lines[index].words.split()]
+
+
+def test_the_truth_scores_full_marks(played):
+    asked = random_questions(played, 30.0)
+    lines = commentate(played, asked)
+    said = [Said(i, spoken(lines[i]).strip() if i in lines else "", asked.get(i, "")) for i in range(int(played.seconds))]
+    found = report(played, said)
+    for key in ("event_precision", "event_recall", "event_f1", "score_accuracy", "score_update_accuracy", "scorer_accuracy", "answer_accuracy"):
+        assert found[key] == 1.0, key
+    assert found["false_words_per_quiet_minute"] == 0.0 and found["timing_error_s"] < 0.5
+    assert len(found["tenths"]["event_f1"]) == 10 and found["counts"]["events"] == len(played.events)
+
+
+def test_mistakes_are_counted():
+    played = simulate(1, 600.0)
+    lines = commentate(played)
+    said = [Said(i, lines[i].words if i in lines else "") for i in range(600)]
+
+    def changed(**rounds: str) -> dict:
+        return report(played, [Said(each.round, rounds.get(f"r{each.round}", each.text)) for each in said])
+
+    whole, event = report(played, said), next(event for event in played.events if event.kind == "pass")
+    index = round_of(event.time)
+    # Another player; nothing; the same twice; words of no grammar; two seconds late
+    wrong = lines[index].words.replace(f" {NUMBERS[event.player]} ", f" {NUMBERS[event.player % 9 + 1]} ")
+    assert wrong != lines[index].words
+    count = whole["counts"]["claims"]
+    assert changed(**{f"r{index}": wrong})["event_precision"] == pytest.approx(1 - 1 / count)
+    assert changed(**{f"r{index}": ""})["event_recall"] == pytest.approx(1 - 1 / len(played.events))
+    twice = changed(**{f"r{index}": f"{lines[index].words} {lines[index].words}"})
+    assert twice["event_precision"] == pytest.approx(count / (count + 1)) and twice["event_recall"] == 1.0 and twice["repetition"] > 0
+    assert changed(**{f"r{index}": "how nice."})["event_precision"] == pytest.approx(1 - 1 / count)
+    late = changed(**{f"r{index}": "", f"r{index + 2}": lines[index].words})
+    assert late["event_recall"] < 1 and late["event_precision"] < 1
+    # A wrong score: it is wrong, the goal after it as well where that is added to it
+    goal = next(event for event in played.events if event.kind == "goal")
+    told = max(i for i in lines if i < goal.time and any(claim.kind == "score" for _, claim in claims(lines[i].words)))
+    kits = played.game(goal.time).kits
+    found = changed(**{f"r{told}": f"it is {kits[0]} seven, {kits[1]} seven."})
+    assert found["score_accuracy"] == pytest.approx(1 - 1 / whole["counts"]["scores"])
+    assert found["score_update_accuracy"] == pytest.approx(1 - 1 / whole["counts"]["goals"])
+    # Talk where there is nothing to say
+    busy = {i + shift for i in lines for shift in (-1, 0, 1)}
+    quiet = [i for i in range(600) if i not in busy]
+    found = changed(**{f"r{quiet[0]}": "red four finds five."})
+    assert found["false_words_per_quiet_minute"] == pytest.approx(4 / (len(quiet) / 60))
+
+
+def test_the_command_writes_video_and_truth(tmp_path, capsys):
+    out = tmp_path / "m.mp4"
+    assert run(["demo", "match", "--minutes", "0.2", "--seed", "7", "--fps", "4", "--question-every", "4", "--out", str(out)]) == 0
+    annotation = AnnotationFile(out.with_suffix(".jsonl")).annotation(0)
+    assert annotation.video == "m.mp4" and annotation.end == 12.0 and annotation.questions
+    assert " ".join(word.text for word in annotation.words) == " ".join(line.words for line in commentate(simulate(7, 12.0)).values())
+    for flags, told in (
+        (["--out", "m.avi"], "must end in .mp4"),
+        (["--out", str(out), "--minutes", "0"], "--minutes"),
+        (["--out", str(tmp_path / "no" / "m.mp4")], "no folder"),
+    ):
+        assert run(["demo", "match", *flags]) == 2
+        assert told in capsys.readouterr().err
+    assert run(["demo", "match", "--out", str(tmp_path / "b.mp4"), "--fps", "0", "--minutes", "0.1"]) == 1
+    assert not (tmp_path / "b.mp4").exists()
