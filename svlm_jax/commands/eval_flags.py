@@ -39,7 +39,9 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--workers", metavar="N", type=_count, default=8, help="requests at once (default: 8)")
     judge.add_argument("--timeout", metavar="S", type=_positive, default=120.0, help="seconds that a server may be silent (default: 120)")
     judge.add_argument("--tries", metavar="N", type=_count, default=8, help="attempts a request before the run stops (default: 8)")
-    judge.add_argument("--wait", metavar="S", type=_positive, default=1.0, help="after a request's first failure, doubled after each (default: 1)")
+    judge.add_argument(
+        "--wait", metavar="S", type=_positive, default=1.0, help="after a request's first failure, doubled after each (default: 1)"
+    )
 
     cost = parser.add_argument_group("cost")
     cost.add_argument("--dry-run", action="store_true", help="say what the run would take, and do nothing")

@@ -178,7 +178,9 @@ def vote(pairs: Sequence[Pair], endpoint: Endpoint, prompt: str, folder: Path, w
         finally:
             table = requests_table(journal.rows)
             write_whole(folder / "requests.json", (json.dumps(table) + "\n").encode())
-            if told := ", ".join(f"{count:,} {kind}" for kind, count in table.items() if not kind.endswith("_tokens") and kind != "verdict"):
+            if told := ", ".join(
+                f"{count:,} {kind}" for kind, count in table.items() if not kind.endswith("_tokens") and kind != "verdict"
+            ):
                 print(f"{endpoint.model}: answers without a verdict and failures, all runs together: {told}", file=sys.stderr, flush=True)
 
 

@@ -172,7 +172,9 @@ class Asking:
         if not frames:  # the video has ended: results end here, and the report counts it
             return self.record(Record(window, window.start, window.start, [])) | {"asked": {"answer": ""}}
         history = {"none": "", "reference": watch.previous, "own": " ".join((watch.previous, *said))}[self.shown.history]
-        head = f"{window.query or self.query}\nThe pictures are {self.shown.fps:g} a second, from {window.start:.1f} s to {window.end:.1f} s."
+        head = (
+            f"{window.query or self.query}\nThe pictures are {self.shown.fps:g} a second, from {window.start:.1f} s to {window.end:.1f} s."
+        )
         if history := self.cut(history.strip()):
             head += f"\nWhat was said before: {history}"
         messages: list[Message] = [

@@ -38,14 +38,22 @@ def read_rate(path: Path | None, *, fps: float, streams: int) -> Rate:
     path = path or RATES
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        fitting = [row for row in rows if row["fps"] == fps and row["streams"] <= streams and row["chunk_seconds"] == 1 and row["mode"] == "streaming"]
+        fitting = [
+            row
+            for row in rows
+            if row["fps"] == fps and row["streams"] <= streams and row["chunk_seconds"] == 1 and row["mode"] == "streaming"
+        ]
         row = max(fitting, key=lambda row: (row["streams"], row["date"]))
         return Rate(row["pipelined_round_ms"], row["streams"], row["device"], row["commit"], row["date"][:10])
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: give measured rates with --rates FILE, as `svlm bench stream --json` writes them") from None
+        raise UserError(
+            f"{path}: {error.strerror}: give measured rates with --rates FILE, as `svlm bench stream --json` writes them"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__} {error}"
-        raise UserError(f"{path} has no round at {fps:g} frames a second ({what}): measure one with `svlm bench stream`, or change --fps") from None
+        raise UserError(
+            f"{path} has no round at {fps:g} frames a second ({what}): measure one with `svlm bench stream`, or change --fps"
+        ) from None
 
 
 def device_hours(rate: Rate, seconds: float) -> float:
@@ -64,7 +72,9 @@ def lines(seconds: float, rate: Rate | None, judged: Judging | None, price: tupl
     told = [f"video: {seconds / 3600:,.1f} hours of stream for each checkpoint"]
     if rate is not None:
         hours = device_hours(rate, seconds)
-        measured = f"{rate.round_ms:.1f} ms a round of {rate.streams} stream{'s' * (rate.streams > 1)}, measured {rate.date} at {rate.commit}"
+        measured = (
+            f"{rate.round_ms:.1f} ms a round of {rate.streams} stream{'s' * (rate.streams > 1)}, measured {rate.date} at {rate.commit}"
+        )
         many = f"{checkpoints} checkpoint{'s' * (checkpoints != 1)}"
         told.append(f"device: {checkpoints * hours:,.1f} hours on one {rate.device} for {many} ({measured})")
     if judged is not None:

@@ -93,7 +93,9 @@ def _game(path: Path, number: int, row: Row) -> Game:
         sport = row.get("sport") or row.get("category") or PurePosixPath(video).parent.name or ALL
     except (KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__} {error}"
-        raise UserError(f"{path}, row {number}: no video, title and content of [start, end, text] ({what}): give the benchmark's metadata") from None
+        raise UserError(
+            f"{path}, row {number}: no video, title and content of [start, end, text] ({what}): give the benchmark's metadata"
+        ) from None
     if not video or not said:
         raise UserError(f"{path}, row {number}: {'no words' if video else 'no video'}: remove the row")
     return Game(str(video), str(title), str(sport), said)
@@ -173,7 +175,11 @@ def merge(rows: Iterable[tuple[str, Row]]) -> dict[str, Result]:
         try:
             name, start, end = PurePosixPath(row["video"]).name, _seconds(row["chunk_start"]), _seconds(row["chunk_end"])
             items = tuple(
-                Piece(_seconds(item.get("start_time", item["end_time"])), _seconds(item["end_time"]), _spoken(item.get("response", item.get("text"))))
+                Piece(
+                    _seconds(item.get("start_time", item["end_time"])),
+                    _seconds(item["end_time"]),
+                    _spoken(item.get("response", item.get("text"))),
+                )
                 for item in row["items"]
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(*_estimate(args), sep="\n")
         return 0
-    games, segments = _benchmark(args)
     given, endpoint = sides(args), judge_endpoint(args)
+    games, segments = _benchmark(args)
     prompt = read_prompt(args.judge_prompt, STREAM_PROMPT)
     folder = Path(args.out)
     with run_folder(folder, {"benchmark": "inf-streams", "metadata": file_digest(Path(args.metadata)), "start": args.start}):
@@ -100,7 +100,9 @@ def _record(record: Record) -> Row:
     return shard(record.watch.name, record.start, record.end, record.items)
 
 
-def _results(args: argparse.Namespace, given: Mapping[str, Contestant], side: str, games: Sequence[Game], folder: Path) -> dict[str, Result]:
+def _results(
+    args: argparse.Namespace, given: Mapping[str, Contestant], side: str, games: Sequence[Game], folder: Path
+) -> dict[str, Result]:
     """A side's results, merged; and written so, where they were made here."""
     who = given[side]
     if who.results is not None:

@@ -1,8 +1,8 @@
 """The commentary track of LiveSports-3K (arXiv 2504.16030): short events, each with what a human said about it and before it.
 
-    events   {"video_id", "event_id", "begin", "end", "video", "class", "event_title", "event_asr": [[start, end, text], ...],
-              "event_asr_text", "preasr_text"}
-    results  {"video_id", "event_id", "begin", "end", "pred"}
+events   {"video_id", "event_id", "begin", "end", "video", "class", "event_title", "event_asr": [[start, end, text], ...],
+          "event_asr_text", "preasr_text"}
+results  {"video_id", "event_id", "begin", "end", "pred"}
 """
 
 import dataclasses
@@ -72,7 +72,9 @@ def _event(path: Path, number: int, row: Row) -> Event:
             raise ValueError("the event has no length" if reference else "there is no transcript of it")
         video_id, event_id = str(row["video_id"]), row["event_id"]
         video, title = str(row.get("video") or f"{video_id}.mp4"), str(row.get("event_title") or "")
-        return Event(video_id, event_id, begin, end, video, title, str(row.get("class") or ALL), str(row.get("preasr_text") or ""), said, reference)
+        return Event(
+            video_id, event_id, begin, end, video, title, str(row.get("class") or ALL), str(row.get("preasr_text") or ""), said, reference
+        )
     except (KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__} {error}"
         raise UserError(f"{path}, row {number} is no event of LiveSports-3K-CC ({what}): give LiveSports-3K-CC.json") from None
@@ -91,7 +93,9 @@ def merge(rows: Iterable[tuple[str, Row]]) -> dict[Key, str]:
         try:
             found[str(row["video_id"]), str(row["event_id"])] = " ".join(str(row["pred"] or "").split())
         except (KeyError, TypeError) as error:
-            raise UserError(f"{where}: not a row of video_id, event_id and pred ({type(error).__name__} {error}): give a result file") from None
+            raise UserError(
+                f"{where}: not a row of video_id, event_id and pred ({type(error).__name__} {error}): give a result file"
+            ) from None
     return found
 
 
@@ -106,11 +110,15 @@ def read_results(path: Path) -> dict[Key, str]:
 def as_results(events: Sequence[Event], said: Mapping[Key, str]) -> dict[str, Result]:
     """For the measures: each event a stream of its own, with all words spoken over all of it."""
     return {
-        event.name: Result(event.begin, event.end, (Piece(event.begin, event.end, said[event.key]),)) for event in events if event.key in said
+        event.name: Result(event.begin, event.end, (Piece(event.begin, event.end, said[event.key]),))
+        for event in events
+        if event.key in said
     }
 
 
 def predictions_bytes(events: Sequence[Event], said: Mapping[Key, str]) -> bytes:
     """A result file in the order of the events."""
-    rows: list[dict[str, Any]] = [result_row(event, [Piece(event.begin, event.end, said[event.key])]) for event in events if event.key in said]
+    rows: list[dict[str, Any]] = [
+        result_row(event, [Piece(event.begin, event.end, said[event.key])]) for event in events if event.key in said
+    ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(*_estimate(args), sep="\n")
         return 0
-    events = read_events(Path(args.events))
     given, endpoint = sides(args), judge_endpoint(args)
+    events = read_events(Path(args.events))
     prompt = read_prompt(args.judge_prompt, EVENT_PROMPT)
     folder = Path(args.out)
     with run_folder(folder, {"benchmark": "livesports", "events": file_digest(Path(args.events))}):
@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
         starts = {event.name: event.begin for event in events}
         games, segments = [event.game() for event in events], [event.segment() for event in events]
         measured = {side: measure(games, segments, as_results(events, said[side]), starts, bins=1) for side in given}
-        report["measures"] = {side: measures_row(whole) | {"delay": None, "delays": 0} for side, (whole, _) in measured.items()}  # no times in rows
+        report["measures"] = {
+            side: measures_row(whole) | {"delay": None, "delays": 0} for side, (whole, _) in measured.items()
+        }  # no times in rows
         lines += measures_table({side: (given[side].name, report["measures"][side]) for side in given})
         lines += ["", *(f"{who.name}: {report['coverage'][side]['events']:,} of {len(events):,} events." for side, who in given.items())]
         write_report(folder, report, lines)

@@ -123,7 +123,7 @@ def measure(
 
 def _video(game: Game, segments: Sequence[Segment], result: Result, start: float, bins: int) -> list[_Counts]:
     stop = min(float(game.end), result.end)
-    items = [item for item in result.items if start < item.end <= stop + 1e-6]
+    items = [item for item in result.items if start < item.end and item.start < stop]
     width = (game.end - start) / bins
     counts = [_Counts() for _ in range(bins)]
 

@@ -96,7 +96,15 @@ def measures_row(measures: Measures) -> Row:
 def _cell(value: Any, percent: bool = False) -> str:
     if value is None:
         return "-"
-    return f"{value:.1%}" if percent else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.1%}"
+        if percent
+        else f"{value:,.2f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def votes_table(report: Row) -> list[str]:
@@ -115,7 +123,13 @@ def votes_table(report: Row) -> list[str]:
             rows += [(f"{kind.removeprefix('by_')} {name}", row) for name, row in groups.items()]
     for name, row in rows:
         low, high = row["wilson_95"]
-        cells = [name, _cell(row["pairs"]), f"{row['votes_a']:,} : {row['votes_b']:,}", _cell(row["win_rate_a"], True), f"{low:.1%} to {high:.1%}"]
+        cells = [
+            name,
+            _cell(row["pairs"]),
+            f"{row['votes_a']:,} : {row['votes_b']:,}",
+            _cell(row["win_rate_a"], True),
+            f"{low:.1%} to {high:.1%}",
+        ]
         cells += [_cell(row["wins_a"]), _cell(row["wins_b"]), _cell(row["ties"]), _cell(row["refusals"] + row["malformed"])]
         lines.append(f"| {' | '.join(cells)} |")
     low, high = votes["total"]["bootstrap_95"]

@@ -25,10 +25,12 @@ from svlm_jax.evaluation.journal import Journal, Row
 from svlm_jax.evaluation.watch import Record, Watch
 from svlm_jax.programs import check_memory
 from svlm_jax.streaming.engine import Engine, Round, make_spec
+from svlm_jax.streaming.layout import round_up
 from svlm_jax.streaming.prompt import encode_query, encode_words
 from svlm_jax.streaming.snapshot import load_engine, read_note, save_engine, write_snapshot
 
 EVERY = 300  # rounds between two savings
+QUERY_TILE = 64  # tokens: room for queries comes in steps, so that few programs are compiled
 Size = tuple[int, int]  # height and width in pixels
 
 
@@ -78,6 +80,7 @@ class Watching:
         """
         self.model, self.watches, self.journal, self.record = model, list(watches), journal, record
         self.streams, self.every, self.partial, self.told = streams, every, partial, told
+        self._query, self.config = config.query, config
         self.config = self._fit(config)
         self.path = journal.path.with_name("engine.npz")
         factor = model.config.vision.merged_patch_size
@@ -93,15 +96,14 @@ class Watching:
         return max(0, math.ceil((watch.end - watch.start) / self.config.chunk_seconds - 1e-9))
 
     def _fit(self, config: StreamConfig) -> StreamConfig:
-        """Room for the longest query, and in mode "full" for the longest watch."""
-        queries = {watch.query for watch in self.watches if watch.query is not None}
-        if queries:
-            longest = max(sorted(queries), key=lambda text: len(encode_query(self.model.tokenizer, text)))
-            config = dataclasses.replace(config, query=longest)
+        """In mode "full", room for the longest watch. Query and previous text are each stream's own."""
         if config.mode == "full":
-            rounds = max(2, *(math.ceil((w.end - w.start) / config.chunk_seconds) + 1 for w in self.watches))
+            rounds = max(2, *(self._rounds(watch) + 1 for watch in self.watches))
             config = dataclasses.replace(config, capacity_rounds=rounds)
-        return dataclasses.replace(config, question_capacity=0, previous_text="")
+        return dataclasses.replace(config, question_capacity=0, previous_text="", query="")
+
+    def query(self, watch: Watch) -> str:
+        return self._query if watch.query is None else watch.query
 
     def words(self, watch: Watch) -> list[int]:
         """The previous text in tokens, cut to the first and the last ones that the settings keep."""
@@ -128,9 +130,13 @@ class Watching:
         }  # fmt: skip
 
     def _engine(self, size: Size, indices: Sequence[int]) -> Engine:
+        """With room for the longest query, in steps, and for the longest previous text."""
         spec = make_spec(self.model.config, self.config, self.model.tokenizer, height=size[0], width=size[1])
+        queries = (encode_query(self.model.tokenizer, self.query(self.watches[index])) for index in indices)
+        spec = dataclasses.replace(spec, query_capacity=round_up(max(map(len, queries)), QUERY_TILE))
         longest = max(len(self.words(self.watches[index])) for index in indices)
-        spec = dataclasses.replace(spec, initial_words=longest)
+        if longest > spec.cache.words_capacity:
+            spec = dataclasses.replace(spec, initial_words=longest)
         check_memory(spec, 0, jax.tree.leaves(self.model.params)[0].dtype, streams=self.streams)
         return Engine(self.model.params, spec, self.model.tokenizer, streams=self.streams)
 
@@ -221,8 +227,8 @@ class _Group:
                 if opened.ahead is None:
                     self.ended.append(opened)
                     continue
-                query = self.whole.config.query if watch.query is None else watch.query
-                self.engine.open(row, words=self.whole.words(watch), query=query, seed=self.whole.config.seed + index)
+                seed = self.whole.config.seed + index
+                self.engine.open(row, words=self.whole.words(watch), query=self.whole.query(watch), seed=seed)
                 self.rows[row] = opened
 
     def _close(self) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -29,11 +30,17 @@ def save_engine(engine: Engine, path: Path, note: Any = None) -> None:
     }
     header = {
         "note": note,
+        "settings": _settings(engine),
         "rows": rows,
         "keys": [np.asarray(jax.random.key_data(key)).tolist() for key in engine._keys],
         "leaves": [[leaf.dtype.name, leaf.shape] for leaf in leaves],
     }
     write_snapshot(path, header, [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
+
+
+def _settings(engine: Engine) -> str:
+    """A digest of all that the programs are compiled for."""
+    return hashlib.blake2b(repr(engine.spec).encode(), digest_size=16).hexdigest()
 
 
 def write_snapshot(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
@@ -46,6 +53,7 @@ def write_snapshot(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarr
                 np.savez(file, **{HEADER: text}, **{str(i): array for i, array in enumerate(arrays)})  # pyright: ignore[reportArgumentType]
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(draft, 0o644)
             os.replace(draft, path)
         except BaseException:
             os.unlink(draft)
@@ -71,9 +79,9 @@ def _header(path: Path) -> dict[str, Any]:
 
 def load_engine(engine: Engine, path: Path) -> None:
     """Puts the streams of `save_engine` into an engine of the same settings. Raises UserError where it has others."""
-    header = _header(path)
+    header = {"settings": "", "leaves": []} | _header(path)  # one of a run between two engines has neither
     leaves, tree = jax.tree.flatten(engine.state)
-    if [[leaf.dtype.name, list(leaf.shape)] for leaf in leaves] != header["leaves"]:
+    if header["settings"] != _settings(engine) or [[leaf.dtype.name, list(leaf.shape)] for leaf in leaves] != header["leaves"]:
         raise UserError(f"{path} is of other settings or another model: go on with the same ones, or start in another folder")
     with np.load(path) as stored:
         put = [
