@@ -315,6 +315,7 @@ def test_cost(tmp_path, files, capsys):
     path.write_text(json.dumps(rates))
     assert cli.run(["eval", "inf-streams", "--dry-run", "--rates", str(path), "--price", "1.25,10"]) == 0
     out = capsys.readouterr().out
+    assert "at most 16.19 million tokens in (20.27 at 1.25 in" in out  # (8,000 x 3 + the prompt) / 4, 2,640 times
     assert "36.8 hours of stream" in out and "1.5 hours" not in out and "device: 5.5 hours on one H100" in out and "2,640 questions" in out
     assert cli.run(["eval", "inf-streams", "--dry-run", "--rates", str(path), "--streams", "6"]) == 0
     assert "device: 2.8 hours" in capsys.readouterr().out  # 4 streams in 300 ms

@@ -6,7 +6,7 @@ A message is `{"role": ..., "content": [{"type": "text", "text"}, {"type": "vide
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image as Pictures
@@ -19,7 +19,6 @@ from svlm_jax.data.video import probe, read_rounds
 from svlm_jax.errors import UserError
 from svlm_jax.generate import generate
 
-Way = Literal["offline", "streaming"]
 BUDGET = 128  # tokens of an offline answer, unless the benchmark says
 
 
@@ -27,7 +26,7 @@ BUDGET = 128  # tokens of an offline answer, unless the benchmark says
 class AnswerConfig:
     """How videos are shown."""
 
-    way: Way = "offline"
+    way: str = "offline"  # or "streaming"
     fps: float = 2.0
     max_frames: int = 64  # of an offline video: a longer one is shown at a lower rate
     max_pixels: int = MAX_PIXELS  # of a frame

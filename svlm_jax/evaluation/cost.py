@@ -78,12 +78,18 @@ def lines(seconds: float, rate: Rate | None, judged: Judging | None, price: tupl
         many = f"{checkpoints} checkpoint{'s' * (checkpoints != 1)}"
         told.append(f"device: {checkpoints * hours:,.1f} hours on one {rate.device} for {many} ({measured})")
     if judged is not None:
-        told.append(f"judge: {judged.questions:,} questions, about {judged.prompt_tokens / 1e6:,.2f} million tokens in")
-        told.append(f"       and {judged.answer_tokens:,} out, beside what a reasoning judge thinks")
-        if price is not None:
-            cost = (judged.prompt_tokens * price[0] + judged.answer_tokens * price[1]) / 1e6
-            told.append(f"       about {cost:,.2f} at {price[0]:g} in and {price[1]:g} out a million tokens")
+        told.append(f"judge: {judged.questions:,} questions, about {weight(judged, price)}")
+        told.append(f"       and {judged.answer_tokens:,} tokens out, to which a reasoning judge adds what it thinks")
     return told
+
+
+def weight(judged: Judging, price: tuple[float, float] | None) -> str:
+    """The tokens, and what they cost."""
+    text = f"{judged.prompt_tokens / 1e6:,.2f} million tokens in"
+    if price is None:
+        return text
+    cost = (judged.prompt_tokens * price[0] + judged.answer_tokens * price[1]) / 1e6
+    return f"{text} ({cost:,.2f} at {price[0]:g} in and {price[1]:g} out a million)"
 
 
 def published(start: float, segment: float) -> tuple[float, int]:

@@ -173,7 +173,10 @@ def _estimate(args: argparse.Namespace) -> list[str]:
         texts = [(length, length, length)] * count
         head = f"Inf-Streams-Eval as published: {cost.GAMES} games of {cost.GAME_HOURS} h on average, at most {count:,} segments"
         texts_line = f"texts: taken to have {length:,} characters, which is a reference of the fewest words"
-        return [head, texts_line, *cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)]
+        most = cost.judging(prompt, [(cost.LONGEST,) * 3] * count)
+        told = cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)
+        limit = f"       at most {cost.weight(most, args.price)}, if all texts fill the {cost.LONGEST:,} characters that are shown"
+        return [head, texts_line, *told, limit]
     games, segments = _benchmark(args)
     seconds = sum(max(0.0, game.end - args.start) for game in games)
     known = {side: read_results(who.results) for side, who in given.items() if who.results is not None}
