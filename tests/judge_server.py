@@ -31,8 +31,13 @@ def by_marks(body: dict) -> str:
 class Server:
     """`requests` holds every body that arrived; `answered` counts whole answers by question."""
 
-    def __init__(self, answer: Callable[[dict], str] = by_marks, fault: Callable[[dict, int], Fault | None] = lambda body, attempt: None):
-        self.answer, self.fault = answer, fault
+    def __init__(
+        self,
+        answer: Callable[[dict], str] = by_marks,
+        fault: Callable[[dict, int], Fault | None] = lambda body, attempt: None,
+        refuse: Callable[[dict], bool] = lambda body: False,
+    ):
+        self.answer, self.fault, self.refuse = answer, fault, refuse
         self.requests: list[dict] = []
         self.times: dict[str, list[float]] = collections.defaultdict(list)
         self.answered: collections.Counter[str] = collections.Counter()
@@ -91,9 +96,14 @@ class Server:
             self.send(handler, int(fault), {"error": {"message": message}}, headers)
             return
         text = fault.removeprefix("say: ") if fault and fault.startswith("say: ") else self.answer(body)
+        message = (
+            {"role": "assistant", "content": None, "refusal": "I will not."}
+            if self.refuse(body)
+            else {"role": "assistant", "content": text}
+        )
         whole = json.dumps(
             {
-                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 1},
             }
         )

@@ -354,36 +354,39 @@ def test_a_checkpoint_from_end_to_end(videos, tmp_path, monkeypatch):
         assert cli.run([str(word) for word in command]) == 0
         assert (tmp_path / "run" / "report.json").read_bytes() == report and len(server.requests) == asked
     found = json.loads(report)
-    assert found["coverage"]["a"] == {"games": 3, "of_games": 3, "ended_early": ["cR5mJq8-eUo.mp4"], "segments": 7}
+    assert found["coverage"]["a"] == {"games": 3, "of_games": 3, "ended_early": ["cR5mJq8-eUo.mp4"], "segments": 7, "refused": 0}
     assert found["votes"]["total"]["ties"] == 7 and found["votes"]["total"]["first_shown"] == 1.0
     assert found["measures"]["a"]["seconds"] == 36 + 30 + 10 and 0 < found["measures"]["a"]["words_a_second"] <= 4
     assert cli.run([*map(str, command), "--temperature", "0.5"]) == 1  # other settings do not mix in one folder
 
 
-def test_livesports_by_a_checkpoint(videos, tmp_path, monkeypatch):
+def test_livesports_from_end_to_end(videos, tmp_path, monkeypatch):
+    """A checkpoint against a server that refuses one event: rows in the published form, two votes an event."""
     monkeypatch.setattr("svlm_jax.api.load", lambda path, dtype: LoadedModel(*small.model(1, 0), small.tokenizer(), Path("small")))
-    command = [
-        "eval",
-        "livesports",
-        EVENTS,
-        "--videos",
-        videos,
-        *FLAGS,
-        "--streams",
-        2,
-        "--a",
-        "demo",
-        "--out",
-        tmp_path / "run",
-        "--query",
-        "Go",
-    ]
-    assert cli.run([str(word) for word in command]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "a" / "predictions.jsonl").read_text().splitlines()]
-    assert [(r["video_id"], r["event_id"], r["begin"], r["end"]) for r in rows] == [
-        ("LEx0aaaaaa1", 3, 2.5, 8.25), ("LEx0aaaaaa1", 5, 9.0, 14.0), ("LEx0bbbbbb2", 1, 1.07, 6.4)
-    ]  # fmt: skip
-    assert all(row["pred"] for row in rows)
+
+    def answer(body):
+        return "A" if body["model"] == "judge-1" else "Harrow has it."
+
+    command = ["eval", "livesports", EVENTS, "--videos", videos, *FLAGS, "--streams", 2, "--out", tmp_path / "run", "--query", "Go"]
+    with Server(answer=answer, refuse=lambda body: "bridge" in json.dumps(body) and body["model"] == "gpt").serving() as server:
+        command += ["--a", "demo", "--b", f"them={server.url}#gpt", "--judge", server.judge]
+        for _ in range(2):
+            assert cli.run([str(word) for word in command]) == 0
+        asked = [body for body in server.requests if body["model"] == "gpt"]
+        assert len(asked) == 3 and len(server.requests) == 3 + 6
+        first = next(body for body in asked if "boundary" in body["messages"][1]["content"][0]["text"])
+        text = first["messages"][1]["content"][0]["text"]
+        assert (
+            text.startswith("Go: A boundary and a wicket in one over")
+            and "What was said before: Mbeki comes" in text
+            and len(images(first)) == 12
+        )
+    rows = [[json.loads(line) for line in (tmp_path / "run" / side / "predictions.jsonl").read_text().splitlines()] for side in "ab"]
+    events = [("LEx0aaaaaa1", 3, 2.5, 8.25), ("LEx0aaaaaa1", 5, 9.0, 14.0), ("LEx0bbbbbb2", 1, 1.07, 6.4)]
+    assert all([(r["video_id"], r["event_id"], r["begin"], r["end"]) for r in side] == events for side in rows)
+    assert all(row["pred"] for row in rows[0]) and [row["pred"] for row in rows[1]] == ["Harrow has it.", "Harrow has it.", ""]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["coverage"]["b"] == {"events": 3, "refused": 1} and report["votes"]["total"]["ties"] == 3
 
 
 def test_a_missing_video_is_told_before_any_work(model, videos, tmp_path):

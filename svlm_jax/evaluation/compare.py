@@ -113,6 +113,11 @@ def generate(who: Contestant, job: Job, folder: Path) -> list[tuple[str, Row]]:
         return [(f"{path}, row {number}", row) for number, row in enumerate(journal.rows, 1)]
 
 
+def refusals(rows: Sequence[tuple[str, Row]]) -> int:
+    """How many requests a server refused; its results are empty there."""
+    return sum(bool(row.get("asked", {}).get("refused")) for _, row in rows)
+
+
 def _watch(who: Contestant, job: Job, journal: Journal) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own remarks on how long it compiles
     if who.model == "demo":

@@ -89,7 +89,7 @@ def read_games(path: Path) -> list[Game]:
 def _game(path: Path, number: int, row: Row) -> Game:
     try:
         video, title = row["video"], row.get("title", "")
-        said = tuple(Piece(_seconds(start), _seconds(end), " ".join(str(text).split())) for start, end, text in row["content"])
+        said = tuple(Piece(parse_seconds(start), parse_seconds(end), " ".join(str(text).split())) for start, end, text in row["content"])
         sport = row.get("sport") or row.get("category") or PurePosixPath(video).parent.name or ALL
     except (KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__} {error}"
@@ -101,7 +101,8 @@ def _game(path: Path, number: int, row: Row) -> Game:
     return Game(str(video), str(title), str(sport), said)
 
 
-def _seconds(value: Any) -> float:
+def parse_seconds(value: Any) -> float:
+    """A time of a file. ValueError where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise ValueError(f"{value!r} is no time in seconds")
     return float(value)
@@ -173,11 +174,11 @@ def merge(rows: Iterable[tuple[str, Row]]) -> dict[str, Result]:
     found: dict[str, dict[float, Result]] = {}
     for where, row in rows:
         try:
-            name, start, end = PurePosixPath(row["video"]).name, _seconds(row["chunk_start"]), _seconds(row["chunk_end"])
+            name, start, end = PurePosixPath(row["video"]).name, parse_seconds(row["chunk_start"]), parse_seconds(row["chunk_end"])
             items = tuple(
                 Piece(
-                    _seconds(item.get("start_time", item["end_time"])),
-                    _seconds(item["end_time"]),
+                    parse_seconds(item.get("start_time", item["end_time"])),
+                    parse_seconds(item["end_time"]),
                     _spoken(item.get("response", item.get("text"))),
                 )
                 for item in row["items"]

@@ -9,7 +9,19 @@ from pathlib import Path
 from svlm_jax.commands.eval_flags import stream_config
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation import cost
-from svlm_jax.evaluation.compare import Job, described, digest, file_digest, generate, judge_endpoint, patience, read_prompt, sides, vote
+from svlm_jax.evaluation.compare import (
+    Job,
+    described,
+    digest,
+    file_digest,
+    generate,
+    judge_endpoint,
+    patience,
+    read_prompt,
+    refusals,
+    sides,
+    vote,
+)
 from svlm_jax.evaluation.contestants import Contestant, showing
 from svlm_jax.evaluation.inf_streams import (
     Game,
@@ -45,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.judge_prompt, STREAM_PROMPT)
     folder = Path(args.out)
     with run_folder(folder, {"benchmark": "inf-streams", "metadata": file_digest(Path(args.metadata)), "start": args.start}):
-        results = {side: _results(args, given, side, games, folder / side) for side in given}
+        made = {side: _results(args, given, side, games, folder / side) for side in given}
+        results = {side: merged for side, (merged, _) in made.items()}
         report: Row = {"benchmark": "inf-streams", "contestants": described(given), "segments": len(segments)}
-        report["coverage"] = {side: _coverage(games, segments, results[side], args.start) for side in given}
+        report["coverage"] = {side: _coverage(games, segments, results[side], args.start) | {"refused": made[side][1]} for side in given}
         lines: list[str] = []
         if endpoint is not None:
             asked = [s for s in segments if all(covers(results[side].get(s.video), s) for side in given)]
@@ -102,11 +115,11 @@ def _record(record: Record) -> Row:
 
 def _results(
     args: argparse.Namespace, given: Mapping[str, Contestant], side: str, games: Sequence[Game], folder: Path
-) -> dict[str, Result]:
-    """A side's results, merged; and written so, where they were made here."""
+) -> tuple[dict[str, Result], int]:
+    """A side's results, merged, and written so where they were made here; and how often a server refused to say anything."""
     who = given[side]
     if who.results is not None:
-        return read_results(who.results)
+        return read_results(who.results), 0
     config, endless = stream_config(args), args.chunk_seconds is None
     job = Job(
         watches=_watches(args, games),
@@ -122,9 +135,10 @@ def _results(
         temperature=config.temperature if args.setting == "fair" else None,
         tokenizer=next((each.model for each in given.values() if each.model), None),
     )
-    results = merge(generate(who, job, folder))
+    rows = generate(who, job, folder)
+    results = merge(rows)
     write_whole(folder / "merged_result.jsonl", merged_bytes(results))
-    return results
+    return results, refusals(rows)
 
 
 def _coverage(games: Sequence[Game], segments: Sequence[Segment], results: Mapping[str, Result], start: float) -> Row:
@@ -143,7 +157,10 @@ def _coverage_lines(given: Mapping[str, Contestant], found: Mapping[str, Row], s
     for side, who in given.items():
         row = found[side]
         early = f"; ended before the reference does: {', '.join(row['ended_early'])}" if row["ended_early"] else ""
-        lines.append(f"{who.name}: {row['games']:,} of {row['of_games']:,} games, {row['segments']:,} of {segments:,} segments{early}.")
+        refused = f"; refused to say anything {row['refused']:,} times" if row["refused"] else ""
+        lines.append(
+            f"{who.name}: {row['games']:,} of {row['of_games']:,} games, {row['segments']:,} of {segments:,} segments{early}{refused}."
+        )
     return lines
 
 
@@ -173,7 +190,7 @@ def _estimate(args: argparse.Namespace) -> list[str]:
         texts = [(length, length, length)] * count
         head = f"Inf-Streams-Eval as published: {cost.GAMES} games of {cost.GAME_HOURS} h on average, at most {count:,} segments"
         texts_line = f"texts: taken to have {length:,} characters, which is a reference of the fewest words"
-        most = cost.judging(prompt, [(cost.LONGEST,) * 3] * count)
+        most = cost.judging(prompt, [(cost.LONGEST, cost.LONGEST, cost.LONGEST)] * count)
         told = cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)
         limit = f"       at most {cost.weight(most, args.price)}, if all texts fill the {cost.LONGEST:,} characters that are shown"
         return [head, texts_line, *told, limit]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.errors import UserError
-from svlm_jax.evaluation.inf_streams import ALL, Game, Piece, Result, Segment, _seconds
+from svlm_jax.evaluation.inf_streams import ALL, Game, Piece, Result, Segment, parse_seconds
 from svlm_jax.evaluation.journal import Row, read_rows
 
 Key = tuple[str, str]  # video_id, event_id
@@ -63,10 +63,10 @@ def read_events(path: Path) -> list[Event]:
 
 def _event(path: Path, number: int, row: Row) -> Event:
     try:
-        begin, end = _seconds(row["begin"]), _seconds(row["end"])
+        begin, end = parse_seconds(row["begin"]), parse_seconds(row["end"])
         pieces = row.get("event_asr") or []
         pieces = json.loads(pieces) if isinstance(pieces, str) else pieces
-        said = tuple(Piece(_seconds(start), _seconds(stop), " ".join(str(text).split())) for start, stop, text in pieces)
+        said = tuple(Piece(parse_seconds(start), parse_seconds(stop), " ".join(str(text).split())) for start, stop, text in pieces)
         reference = row.get("event_asr_text") or " ".join(piece.text for piece in said)
         if not begin < end or not reference:
             raise ValueError("the event has no length" if reference else "there is no transcript of it")

@@ -7,7 +7,19 @@ from pathlib import Path
 from svlm_jax.commands.eval_flags import stream_config
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation import cost
-from svlm_jax.evaluation.compare import Job, described, digest, file_digest, generate, judge_endpoint, patience, read_prompt, sides, vote
+from svlm_jax.evaluation.compare import (
+    Job,
+    described,
+    digest,
+    file_digest,
+    generate,
+    judge_endpoint,
+    patience,
+    read_prompt,
+    refusals,
+    sides,
+    vote,
+)
 from svlm_jax.evaluation.contestants import Contestant, showing
 from svlm_jax.evaluation.journal import Row, run_folder, write_whole
 from svlm_jax.evaluation.judge import EVENT_PROMPT, Pair
@@ -27,9 +39,12 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.judge_prompt, EVENT_PROMPT)
     folder = Path(args.out)
     with run_folder(folder, {"benchmark": "livesports", "events": file_digest(Path(args.events))}):
-        said = {side: _results(args, given, side, events, folder / side) for side in given}
+        made = {side: _results(args, given, side, events, folder / side) for side in given}
+        said = {side: merged for side, (merged, _) in made.items()}
         report: Row = {"benchmark": "livesports", "contestants": described(given), "events": len(events)}
-        report["coverage"] = {side: {"events": sum(event.key in said[side] for event in events)} for side in given}
+        report["coverage"] = {
+            side: {"events": sum(event.key in said[side] for event in events), "refused": made[side][1]} for side in given
+        }
         lines: list[str] = []
         if endpoint is not None:
             asked = [event for event in events if all(event.key in said[side] for side in given)]
@@ -55,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _results(args: argparse.Namespace, given: Mapping[str, Contestant], side: str, events: Sequence[Event], folder: Path) -> dict[Key, str]:
-    """What a side says about each event; written as a result file where it was made here."""
+def _results(
+    args: argparse.Namespace, given: Mapping[str, Contestant], side: str, events: Sequence[Event], folder: Path
+) -> tuple[dict[Key, str], int]:
+    """What a side says about each event, written as a result file where it was made here; and how often a server refused to."""
     who = given[side]
     if who.results is not None:
-        return read_results(who.results)
+        return read_results(who.results), 0
     config = stream_config(args)
     by_name = {event.name: event for event in events}
 
@@ -83,9 +100,10 @@ def _results(args: argparse.Namespace, given: Mapping[str, Contestant], side: st
         temperature=config.temperature,
         tokenizer=next((each.model for each in given.values() if each.model), None),
     )
-    said = merge(generate(who, job, folder))
+    rows = generate(who, job, folder)
+    said = merge(rows)
     write_whole(folder / "predictions.jsonl", predictions_bytes(events, said))
-    return said
+    return said, refusals(rows)
 
 
 def _estimate(args: argparse.Namespace) -> list[str]:
