@@ -145,6 +145,8 @@ def test_killed_at_every_step(model, videos, tmp_path, monkeypatch):
             raise Killed
         save(engine, path, note)
 
+    loads, load = [], watching.load_engine
+    monkeypatch.setattr(watching, "load_engine", lambda engine, path: loads.append(load(engine, path)))
     monkeypatch.setattr(Journal, "append", killed_append)
     monkeypatch.setattr(watching, "save_engine", killed_save)
     folder, kills = tmp_path / "killed", 0
@@ -163,6 +165,7 @@ def test_killed_at_every_step(model, videos, tmp_path, monkeypatch):
         kills += 1
     steps = iter(())
     assert finish(model, made, folder) == whole and kills == 6
+    assert len(loads) == 5  # all but the first two starts; the last one with no row open
     assert finish(model, made, folder) == whole  # a run that is done does nothing
     with pytest.raises(UserError, match="of a run over 6 stretches"):
         finish(model, made[:2], folder)

@@ -98,7 +98,7 @@ class Watching:
     def _fit(self, config: StreamConfig) -> StreamConfig:
         """In mode "full", room for the longest watch. Query and previous text are each stream's own."""
         if config.mode == "full":
-            rounds = max(2, *(self._rounds(watch) + 1 for watch in self.watches))
+            rounds = max([2, *(self._rounds(watch) + 1 for watch in self.watches)])
             config = dataclasses.replace(config, capacity_rounds=rounds)
         return dataclasses.replace(config, question_capacity=0, previous_text="", query="")
 
@@ -113,21 +113,27 @@ class Watching:
         """Raises UserError as the engine and the journal do."""
         note = read_note(self.path)
         if note is None:
-            note = {"size": 0, "group": 0, "next": 0, "open": {}, "done": 0}
+            note = {"size": 0, "group": 0, "next": 0, "open": {}, "done": 0, "engine": False}
         elif note.get("watches") != len(self.watches):
             raise UserError(f"{self.path} is of a run over {note.get('watches')} stretches, not {len(self.watches)}: use another folder")
         self.journal.cut(note["size"])  # what was written after the engine was saved comes again, the same
         self.done = note["done"]
         while note["group"] < len(self.groups):
             self._run_group(note)
-            note = self._note(note["group"] + 1, 0, {})
+            note = self._note(note["group"] + 1, 0, None)
             write_snapshot(self.path, {"note": note})
 
-    def _note(self, group: int, next_watch: int, rows: dict[int, _Open]) -> dict[str, Any]:
-        opened = {row: each.note() for row, each in rows.items()}
+    def _note(self, group: int, next_watch: int, rows: dict[int, _Open] | None) -> dict[str, Any]:
+        """Where the run stands. `rows` are those of the engine that is saved beside it; None where none is, between two groups."""
         return {
-            "size": self.journal.size, "group": group, "next": next_watch, "open": opened, "done": self.done, "watches": len(self.watches)
-        }  # fmt: skip
+            "size": self.journal.size,
+            "group": group,
+            "next": next_watch,
+            "open": {row: each.note() for row, each in (rows or {}).items()},
+            "done": self.done,
+            "watches": len(self.watches),
+            "engine": rows is not None,
+        }
 
     def _engine(self, size: Size, indices: Sequence[int]) -> Engine:
         """With room for the longest query, in steps, and for the longest previous text."""
@@ -144,7 +150,7 @@ class Watching:
         size, indices = self.groups[note["group"]]
         engine = self._engine(size, indices)
         rows: dict[int, _Open] = {}
-        if note["open"]:
+        if note["engine"]:  # also with no row open: where in its rings an engine stands decides how its sums are rounded
             load_engine(engine, self.path)
         with contextlib.ExitStack() as readers:
             for row, (watch, rounds, items, since, reached) in sorted((int(row), each) for row, each in note["open"].items()):
