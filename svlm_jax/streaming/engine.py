@@ -62,6 +62,7 @@ class _Row:
     """What the host remembers of one open stream."""
 
     age: int = 0
+    query: tuple[int, ...] = ()  # asked in its first round
     words: int = 0  # tokens put into the previous text, where that is bounded by a capacity
     recent: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # words of each turn that is not yet in it
     noted: int = 0  # turns that the engine was told of
@@ -104,14 +105,30 @@ class Engine:
     def open_rows(self) -> tuple[int, ...]:
         return tuple(sorted(self._rows))
 
-    def open(self, row: int = 0, *, previous_text: str | None = None, seed: int | None = None) -> None:
-        """Starts a new stream in `row`; its first round is the next one. Raises UserError if the text does not fit."""
+    def open(
+        self,
+        row: int = 0,
+        *,
+        previous_text: str | None = None,
+        words: Sequence[int] | None = None,
+        query: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Starts a new stream in `row`; its first round is the next one. Raises UserError if a text does not fit.
+
+        Args:
+          previous_text, words: what was said before, as text or in tokens; the settings' own where neither is given.
+          query: at most as many tokens as the settings' own, which it stands in for.
+        """
         text = self.spec.stream.previous_text if previous_text is None else previous_text
+        asked = self._query if query is None else encode_query(self.tokenizer, query)
+        if len(asked) > self.spec.query_capacity:
+            raise UserError(f"the query of stream {row} has {len(asked)} tokens and {self.spec.query_capacity} fit: shorten it")
+        known = list(encode_words(self.tokenizer, text) if words is None else words)
+        self._open(row, known)
         self._keys[row] = jax.random.key(self.spec.stream.seed if seed is None else seed)
         self._key = jnp.stack(self._keys)
-        words = list(encode_words(self.tokenizer, text))
-        self._rows[row] = _Row(words=len(words), memory=words)
-        self._open(row, words)
+        self._rows[row] = _Row(query=asked, words=len(known), memory=known)
 
     def _open(self, row: int, words: list[int]) -> None:
         capacity = self.spec.cache.words_capacity
@@ -120,6 +137,11 @@ class Engine:
         padded = np.zeros(capacity, np.int32)
         padded[: len(words)] = words
         self.state = compiled["open_stream"](self.params, self.state, np.asarray(row, np.int32), padded, np.asarray(len(words), np.int32))
+
+    def restore_rows(self, rows: Mapping[int, _Row], keys: Sequence[Key[Array, ""]]) -> None:
+        """What the host remembers of the streams whose state was put back (`streaming.snapshot`)."""
+        self._rows, self._keys = dict(rows), list(keys)
+        self._key = jnp.stack(self._keys)
 
     def close(self, row: int = 0) -> None:
         """Ends the stream in `row` and empties it."""
@@ -150,8 +172,8 @@ class Engine:
                 if len(ids) > spec.stream.question_capacity:
                     raise UserError(f"the question of stream {row} has {len(ids)} tokens and {spec.stream.question_capacity} fit: shorten it")
             question, question_length = ragged(asked, spec.stream.question_capacity)
-        if self._query and any(self._rows[row].age == 0 for row in times):
-            query, query_length = ragged({row: self._query for row in times if self._rows[row].age == 0}, spec.query_capacity)
+        if any(self._rows[row].query and self._rows[row].age == 0 for row in times):
+            query, query_length = ragged({row: self._rows[row].query for row in times if self._rows[row].age == 0}, spec.query_capacity)
         return Prompt(time, time_length, active, question, question_length, query, query_length)
 
     def ingest(self, frames: UInt8[Array, "B F 3 height width"], prompt: Prompt) -> Array:

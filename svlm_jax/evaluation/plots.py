@@ -1,0 +1,31 @@
+"""The measures over stream time, drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from svlm_jax.errors import UserError
+from svlm_jax.evaluation.journal import Row
+from svlm_jax.evaluation.report import COLUMNS
+
+
+def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path) -> None:
+    """One panel a measure, one line a contestant, over the parts of the stream. Raises UserError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install matplotlib, or leave out --plots") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, (column, label, _) in zip(axes.flat, COLUMNS, strict=True):
+        for name, parts in sides.values():
+            points = [((i + 0.5) / len(parts) * 100, part[column]) for i, part in enumerate(parts) if part[column] is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name)
+        axis.set(xlabel="% of the stream", ylabel=label, xlim=(0, 100))
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    axes.flat[0].legend()
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
