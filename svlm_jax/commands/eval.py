@@ -13,6 +13,7 @@ Example: svlm eval inf-streams metadata.jsonl --videos videos --a models/streami
 SUBJECTS = {  # name -> module, which has SUMMARY, add_arguments(parser) and run(args)
     "inf-streams": "svlm_jax.commands.eval_inf_streams",
     "livesports": "svlm_jax.commands.eval_livesports",
+    "match": "svlm_jax.commands.eval_match",
 }
 
 

@@ -109,7 +109,7 @@ def _updates(match: Match, claimed: Sequence[tuple[int, Claim | None]]) -> list[
     times = [time for time, _ in spoken]
     goals = [event for event in match.events if event.kind == "goal"]
     found = []
-    for event, after in zip(goals, [*(goal.time for goal in goals[1:]), math.inf], strict=True):
+    for event, after in zip(goals, [*(goal.time for goal in goals[1:]), math.inf], strict=False):
         at = bisect.bisect_left(times, event.time - TOLERANCE)  # the first one behind it
         if at == len(times) and event.time > match.seconds - 3:
             continue  # the match ended before it could be said

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -16,7 +18,7 @@ from typing import Any
 from svlm_jax.commands.progress import Countdown
 from svlm_jax.demo.commentary import commentate, random_questions
 from svlm_jax.demo.film import FilmConfig, spoken, whole, write_video
-from svlm_jax.demo.match import Match, simulate
+from svlm_jax.demo.match import Event, Match, simulate
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation.match import KEYS, Said, report
 
@@ -100,10 +102,29 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def _baseline(args: argparse.Namespace, match: Match, questions: Mapping[int, str]) -> list[Said]:
-    """Who sees everything, or one who looks at another match."""
-    seen = match if args.baseline == "truth" else simulate(args.seed + BLIND, match.seconds)
+    """Who sees everything, or one who knows the teams and does not look."""
+    seen = match if args.baseline == "truth" else _renamed(simulate(args.seed + BLIND, match.seconds), match)
     lines = commentate(seen, questions)
     return [Said(index, spoken(lines[index]).strip() if index in lines else "", questions.get(index, "")) for index in range(int(match.seconds))]
+
+
+def _renamed(other: Match, match: Match) -> Match:
+    """What happens in another match, between this one's teams."""
+    last = match.games[-1]
+    games = [
+        dataclasses.replace(theirs, kits=ours.kits, shirts=ours.shirts)
+        for theirs, ours in itertools.zip_longest(other.games, match.games[: len(other.games)], fillvalue=last)
+    ]
+
+    def number(event: Event, team: int | None, player: int | None) -> int | None:
+        at = other.games.index(other.game(event.time))
+        return None if team is None or player is None else games[at].shirts[team][other.games[at].shirts[team].index(player)]
+
+    events = [
+        dataclasses.replace(event, player=number(event, event.team, event.player), other=number(event, event.other_team, event.other))
+        for event in other.events
+    ]
+    return dataclasses.replace(other, games=tuple(games), events=tuple(events))
 
 
 @contextlib.contextmanager
@@ -144,17 +165,17 @@ def _watch(
             said.append(Said(index, each.caption.text, questions.get(index, "")))
             stamps.append(time.perf_counter())
             progress(each.caption.end)
-    rounds = sorted(after - before for before, after in zip(stamps[1:], stamps[2:], strict=False)) or [0.0]
+    rounds = sorted(after - before for before, after in itertools.pairwise(stamps[1:])) or [0.0]
     stream = commentary.spec.stream
+    told = ("mode", "positions", "vision_window", "text_window", "text_sink", "text_sliding", "temperature")
     how = {
         "model": str(args.model or "bundled"),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "settings": {name: getattr(stream, name) for name in (*(field for field in settings), "mode", "positions", "vision_window", "text_window",
-                                                            "text_sink", "text_sliding", "temperature")},
+        "settings": {name: getattr(stream, name) for name in told} | dict(settings),
         "round_ms_p50": 1e3 * rounds[len(rounds) // 2],
         "round_ms_p99": 1e3 * rounds[len(rounds) * 99 // 100],
-    }  # fmt: skip
+    }
     return said, how
 
 

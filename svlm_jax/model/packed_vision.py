@@ -41,14 +41,20 @@ def plain_bin_attention(q: Array, k: Array, v: Array, segments: Int[Array, "bins
     return masked_attention(q[:, None], k[:, None], v[:, None], mask)[:, 0]
 
 
+def plain_window_attention(q: Array, k: Array, v: Array, segments: Int[Array, "windows p"]) -> Array:
+    """`BinAttention` within windows: what is no padding is of one segment."""
+    return masked_attention(q[:, None], k[:, None], v[:, None], segments[:, None, None, None, :] > 0)[:, 0]
+
+
 def _run_block(
     block: VisionBlock, x: Array, cos: Array, sin: Array, valid: Array, segments: Array, *, full: bool, attention: BinAttention
 ) -> Array:
+    """`attention` is over bins in blocks that see whole grids, over windows in the others."""
+    count = x.shape[0] if full else x.shape[0] * x.shape[1]
+    kinds = (segments if full else valid.astype(jnp.int32)).reshape(count, -1)
+
     def attend(q: Array, k: Array, v: Array) -> Array:
-        if full:
-            q_flat, k_flat, v_flat = (a.reshape(a.shape[0], -1, *a.shape[3:]) for a in (q, k, v))
-            return attention(q_flat, k_flat, v_flat, segments).reshape(q.shape)
-        return masked_attention(q, k, v, valid[:, :, None, None, :])
+        return attention(*(a.reshape(count, -1, *a.shape[3:]) for a in (q, k, v)), kinds).reshape(q.shape)
 
     return block(x, Rotation(cos, sin), None, full=full, attend=attend)
 
@@ -61,6 +67,7 @@ def packed_features(
     grids: Int[Array, "bins W"],
     *,
     attention: BinAttention = plain_bin_attention,
+    windows: BinAttention = plain_window_attention,
     wrap: Callable[[Block], Block] = lambda run: run,
 ) -> Float[Array, "bins C D"]:
     """The merger's output for every 2x2 block of patches, in window order; what is not valid comes out as anything finite.
@@ -69,6 +76,7 @@ def packed_features(
       coordinates: (row, column) of each patch in its grid.
       grids: which grid of the bin a window belongs to; 0 for windows that are none.
       attention: of the blocks that see whole grids.
+      windows: of the others, within each window.
       wrap: what is put around each block, such as recomputing it in the backward pass.
     """
     c = tower.config
@@ -84,7 +92,7 @@ def packed_features(
         full = c.sees_all(index)
 
         def run(block, x, cos, sin, valid, segments, full=full):
-            return run_block(block, x, cos, sin, valid, segments, full=full, attention=attention)
+            return run_block(block, x, cos, sin, valid, segments, full=full, attention=attention if full else windows)
 
         x = wrap(run)(block, x, *rotation, valid, segments)
     return tower.merge(x, slice(None))

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
-from svlm_jax.model.packed_vision import plain_bin_attention
+from svlm_jax.model.packed_vision import plain_bin_attention, plain_window_attention
 from svlm_jax.model.qwen_vl import causal_attention
 from svlm_jax.training.placement import ROWS
 from svlm_jax.training.remat import RESIDUALS
@@ -32,11 +32,12 @@ Attend = Callable[[Array, Array, Array, Array], Array]  # queries [B, T, N, H], 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Both attentions of a step. `rejected` says why those before it in the order were not taken, one line each."""
+    """The attentions of a step. `rejected` says why those before it in the order were not taken, one line each."""
 
     name: str
     decoder: Attend  # causal
     vision: Attend  # among the patches of a bin, both ways
+    windows: Attend  # among the patches of a window, both ways; padding is segment 0
     rejected: tuple[str, ...] = ()
 
 
@@ -160,7 +161,7 @@ def _splash(job: Job) -> Attention:
             shard, mesh=job.mesh, in_specs=(spec, spec, spec, PartitionSpec(bins)), out_specs=spec, check_vma=False
         )(q, k, v, segments)
 
-    return Attention("splash", decoder, vision)
+    return Attention("splash", decoder, vision, plain_window_attention)  # its blocks are larger than windows
 
 
 # cuDNN
@@ -227,11 +228,11 @@ def _cudnn(job: Job) -> Attention:
         mask = segments[:, None, :, None] == segments[:, None, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
-    return Attention("cudnn", decoder, vision)
+    return Attention("cudnn", decoder, vision, vision)
 
 
 def _xla(job: Job) -> Attention:
-    return Attention("xla", lambda q, k, v, segments: causal_attention(q, k, v, segments), plain_bin_attention)
+    return Attention("xla", lambda q, k, v, segments: causal_attention(q, k, v, segments), plain_bin_attention, plain_window_attention)
 
 
 REASONS: dict[str, Callable[[Job], str | None]] = {"splash": _why_not_splash, "cudnn": _why_not_cudnn, "xla": lambda job: None}

@@ -75,7 +75,7 @@ def _features(model: QwenVL, batch: Batch, recipe: Recipe) -> Float[Array, "B C 
         return call
 
     arrays = [bins(a) for a in (batch.patches, batch.patch_coordinates, batch.patch_valid, batch.grids)]
-    features = packed_features(model.vision, *arrays, attention=recipe.attention.vision, wrap=wrap)
+    features = packed_features(model.vision, *arrays, attention=recipe.attention.vision, windows=recipe.attention.windows, wrap=wrap)
     return features.reshape(rows, -1, features.shape[-1])
 
 
