@@ -18,7 +18,7 @@ RECENT = 60.0  # seconds that a phrase is remembered for
 NOT_NAMES = frozenset(["I", "I'm", "I'll", "I've", "I'd", "Oh", "Ah", "OK", "Okay", "Yeah", "Yes", "No", "Mr", "Mrs", "Ms", "Dr"])
 
 _WORD = re.compile(r"[^\W_]+(?:['’.-][^\W_]+)*")
-_SENTENCE = re.compile(r"[.!?:;…\"“”]\s*$")
+_SENTENCE = re.compile(r"[.!?:;…\"“”]")  # between two words: the second one begins a sentence
 
 
 def words(text: str) -> list[str]:
@@ -36,13 +36,14 @@ def names(texts: Iterable[str]) -> Counter[str]:
     leading: Counter[str] = Counter()
     small: set[str] = set()
     for text in texts:
+        before = 0  # where the last word ended
         for match in _WORD.finditer(text):
-            word = _bare(match[0])
+            word, gap, first = _bare(match[0]), text[before : match.start()], before == 0
+            before = match.end()
             if not word[:1].isupper():
                 small.add(word.lower())
             elif len(word) > 1 and word not in NOT_NAMES:
-                begins = not text[: match.start()].strip() or _SENTENCE.search(text[: match.start()]) is not None
-                (leading if begins else inside)[word] += 1
+                (leading if first or _SENTENCE.search(gap) else inside)[word] += 1
     return Counter({word: count + leading[word] for word, count in inside.items() if word.lower() not in small})
 
 

@@ -18,12 +18,15 @@ def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path)
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, (column, label, _) in zip(axes.flat, COLUMNS, strict=True):
+    for axis, (column, label, share) in zip(axes.flat, COLUMNS, strict=True):
         for name, parts in sides.values():
             points = [((i + 0.5) / len(parts) * 100, part[column]) for i, part in enumerate(parts) if part[column] is not None]
             axis.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name)
         axis.set(xlabel="% of the stream", ylabel=label, xlim=(0, 100))
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        if share:
+            axis.set_ylim(-0.02, 1.02)
+        elif column == "words_a_second":
+            axis.set_ylim(bottom=0)
     axes.flat[0].legend()
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
