@@ -2,11 +2,13 @@
 
 import collections
 import itertools
+import json
 import re
 
 import numpy as np
 import pytest
 
+from svlm_jax.checkpoints.stream_settings import read_stream_settings, write_stream_settings
 from svlm_jax.cli import run
 from svlm_jax.data.annotations import AnnotationFile
 from svlm_jax.data.chunks import ChunkConfig
@@ -15,10 +17,12 @@ from svlm_jax.demo import commentary, match, picture
 from svlm_jax.demo.commentary import NUMBERS, Claim, claims, commentate, random_questions, round_of
 from svlm_jax.demo.film import FilmConfig, chunks, spoken, write_video
 from svlm_jax.demo.make_match_model import SETTINGS
+from svlm_jax.demo.make_match_model import write as write_model
 from svlm_jax.demo.make_tokenizer import make
 from svlm_jax.demo.match import BREADTH, LENGTH, NEAR, TICK, TOUCHING, simulate
 from svlm_jax.demo.match_vocabulary import VOCABULARY, corpus
-from svlm_jax.evaluation.match import Said, report
+from svlm_jax.errors import UserError
+from svlm_jax.evaluation.match import KEYS, Said, report
 from svlm_jax.tokenizer import Tokenizer
 
 MINUTES = 20.0
@@ -248,3 +252,38 @@ def test_the_command_writes_video_and_truth(tmp_path, capsys):
         assert told in capsys.readouterr().err
     assert run(["demo", "match", "--out", str(tmp_path / "b.mp4"), "--fps", "0", "--minutes", "0.1"]) == 1
     assert not (tmp_path / "b.mp4").exists()
+
+
+def test_evaluation_from_film_to_measures(tmp_path, capsys):
+    """With the untrained model: its words mean nothing, and are measured as such."""
+    model, out, said = tmp_path / "model", tmp_path / "found.json", tmp_path / "said.jsonl"
+    write_model(model)
+    flags = ["eval", "match", "--minutes", "0.2", "--seed", "5", "--question-every", "4", "--json", str(out)]
+    assert run([*flags, "--model", str(model), "--captions", str(said), "--video", str(tmp_path / "m.mp4"), "--vision-window", "3"]) == 0
+    found = json.loads(out.read_text())
+    assert set(KEYS) <= found.keys() and found["settings"]["vision_window"] == 3 and found["settings"]["text_sink"] == SETTINGS["text_sink"]
+    assert found["counts"]["answers"] == sum("question" in json.loads(line) for line in said.read_text().splitlines()) > 0
+    rows = [json.loads(line) for line in said.read_text().splitlines()]
+    lines = commentate(simulate(5, 12.0), random_questions(simulate(5, 12.0), 4.0))
+    assert [row["start"] for row in rows] == list(range(12))
+    assert [row["truth"] for row in rows] == [spoken(lines[index]).strip() if index in lines else "" for index in range(12)]
+    assert found["event_f1"] < 0.5
+    # Who sees everything, and who does not look
+    for name, low, high in (("truth", 1.0, 1.0), ("blind", 0.0, 0.3)):
+        assert run(["eval", "match", "--minutes", "30", "--seed", "5", "--baseline", name, "--json", str(out)]) == 0
+        assert low <= json.loads(out.read_text())["event_f1"] <= high
+    assert "F1 of events" in capsys.readouterr().out
+    assert run([*flags, "--model", str(model), "--vision-window", "0"]) == 2
+    assert run(["eval", "match", "--minutes", "1", "--model", str(model), "--video", str(tmp_path / "m.mp4")]) == 1
+    assert "another film" in capsys.readouterr().err
+
+
+def test_settings_beside_the_weights(tmp_path, capsys):
+    assert read_stream_settings(tmp_path) == {}
+    write_stream_settings(tmp_path, SETTINGS)
+    assert read_stream_settings(tmp_path) == SETTINGS
+    wrong = {'{"fps": -1}': "--fps must be positive", '{"tempo": 1}': "no setting tempo", "{": "cannot be read", "[1]": "no setting 1"}
+    for text, told in wrong.items():
+        (tmp_path / "streaming.json").write_text(text)
+        with pytest.raises(UserError, match=told):
+            read_stream_settings(tmp_path)

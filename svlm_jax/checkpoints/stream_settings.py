@@ -23,7 +23,7 @@ def read_stream_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(StreamConfig)})
+        unknown = sorted(str(name) for name in set(settings) - {field.name for field in dataclasses.fields(StreamConfig)})
         if not unknown:
             StreamConfig(**settings)
     except (ValueError, TypeError, OSError) as error:
@@ -31,7 +31,7 @@ def read_stream_settings(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     if unknown:
-        raise UserError(f"{file}: there is no setting {unknown[0]!r}: take it out")
+        raise UserError(f"{file}: there is no setting {unknown[0]}: take it out")
     return settings
 
 

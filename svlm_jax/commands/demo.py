@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     film = FilmConfig(fps=args.fps, width=args.size[0], height=args.size[1], quality=args.quality)
     match = simulate(args.seed, seconds)
     questions = random_questions(match, args.question_every) if args.question_every else {}
-    with Countdown(f"filming {out.name}", seconds) as progress:
+    with Countdown(f"filming {out.name}") as progress:
         write_video(match, out, film, progress)
     write_annotations([annotate(out.name, seconds, commentate(match, questions))], out.with_suffix(".jsonl"))
     size = out.stat().st_size / 1e6

@@ -1,17 +1,17 @@
 """`svlm eval match`. The work is in `svlm_jax.evaluation`."""
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from svlm_jax.commands import UsageError
 from svlm_jax.commands.flags import _count_or_off, _number
-from svlm_jax.config import StreamConfig
+from svlm_jax.config import Mode, Positions, StreamConfig
 from svlm_jax.errors import UserError
 
 SUMMARY = "simulated matches: commentary against what really happened, without a judge"
-STREAM_FLAGS: dict[str, tuple[str, Any, str]] = {  # flag -> (field of StreamConfig, type, help)
-    "--mode": ("mode", str, "streaming, full, windows or recompute"),
-    "--positions": ("positions", str, "contiguous or append"),
+STREAM_FLAGS: dict[str, tuple[str, Any, str]] = {  # flag -> (field of StreamConfig, type or choices, help)
+    "--mode": ("mode", get_args(Mode), "what is remembered"),
+    "--positions": ("positions", get_args(Positions), "of what is left when older rounds leave"),
     "--vision-window": ("vision_window", int, "rounds of video that are remembered"),
     "--text-window": ("text_window", int, "rounds whose words are remembered in their place"),
     "--text-sink": ("text_sink", _count_or_off, "first tokens of older words that are kept, or off"),
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", metavar="FILE.mp4", help="film the match into this file, or use it if it is there (default: a temporary one)")
     group = parser.add_argument_group("stream", "what is not given is as the model's streaming.json has it")
     for flag, (field, kind, text) in STREAM_FLAGS.items():
-        group.add_argument(flag, dest=field if flag != "--sampling-seed" else "sampling_seed", type=kind, default=argparse.SUPPRESS, help=text)
+        dest = "sampling_seed" if flag == "--sampling-seed" else field
+        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=text, **how)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -42,14 +42,7 @@ class ProgressLine:
 
 
 class Countdown(ProgressLine):
-    """Call it with the seconds of a video that are done; `total` of them in all."""
-
-    def __init__(self, words: str, total: float, **how: Any):
-        super().__init__(words, **how)
-        self._total = total
-
-    def __call__(self, done: float, total: float = 0.0) -> None:
-        super().__call__(done, self._total)
+    """Call it with (seconds of a video that are done, seconds in total)."""
 
     def _status(self, done: float, total: float, seconds: float) -> str:
         speed = done / seconds if seconds > 0 else 0.0

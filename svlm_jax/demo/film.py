@@ -56,8 +56,11 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None = None, progress: Callable[[float], None] | None = None) -> None:
-    """Films the match from `config.start` to its end, into an MP4 whose header comes first. `progress` is told the seconds done."""
+Progress = Callable[[float, float], None]  # seconds done, seconds in total
+
+
+def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None = None, progress: Progress | None = None) -> None:
+    """Films the match from `config.start` to its end, into an MP4 whose header comes first."""
     c = config or FilmConfig()
     painter = Painter(match, c.height, c.width)
     converter = VideoReformatter()
@@ -71,7 +74,7 @@ def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None
             frame.pts, frame.time_base = number, Fraction(1, c.fps)
             container.mux(stream.encode(frame))
             if progress and number % c.fps == 0:
-                progress(number / c.fps)
+                progress(number / c.fps, match.seconds - c.start)
         container.mux(stream.encode(None))
 
 

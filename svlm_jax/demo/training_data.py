@@ -3,7 +3,7 @@
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question every other second, `openings.jsonl` the first 48 seconds of further matches. Seeds below 1000 are for
+whole matches with a question nearly every second, `openings.jsonl` the first 48 seconds of further matches. Seeds below 1000 are for
 evaluation and are refused here.
 """
 
@@ -24,7 +24,7 @@ from svlm_jax.demo.match import simulate
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
 MEMORY = 96, 480  # first and last words of the previous text that rows can need
-EVERY = {"chunks": 20.0, "asked": 2.0, "openings": 6.0}  # seconds between two questions, on average
+EVERY = {"chunks": 20.0, "asked": 1.25, "openings": 6.0}  # seconds between two questions, on average
 PRESETS = "ultrafast", "superfast", "ultrafast", "veryfast"  # of x264: fast ones, and not all the same
 BALL = ("ball", "ball", "score", "scorer")  # what is asked in `asked`: mostly what can be seen
 

@@ -70,10 +70,10 @@ def run(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
 
 def table(found: Mapping[str, Any]) -> str:
     """The measures of the whole match, and of its first and last tenth."""
-    lines = [f"{'':64}  whole  first   last tenth"]
+    lines = [f"{'':64}    whole   first    last tenth"]
     for key in KEYS:
         values = (found[key], found["tenths"][key][0], found["tenths"][key][-1])
-        lines.append(f"{LABELS[key]:64}" + "".join(f"{'-' if value is None else format(value, '.3f'):>7}" for value in values))
+        lines.append(f"{LABELS[key]:64}" + "".join(f"{'-' if value is None else format(value, '.3f'):>8}" for value in values))
     counts = ", ".join(f"{count} {name}" for name, count in found["counts"].items())
     return "\n".join([*lines, counts])
 
@@ -138,7 +138,7 @@ def _film(args: argparse.Namespace, match: Match) -> Iterator[Path]:
             if abs(lasts - match.seconds) > 1:
                 raise UserError(f"{path} lasts {lasts:g} s and the match {match.seconds:g} s: it is another film, so give another name")
         else:
-            with Countdown("filming", match.seconds) as progress:
+            with Countdown("filming") as progress:
                 write_video(match, path, FILM, progress)
         yield path
 
@@ -159,12 +159,12 @@ def _watch(
     commentary = Commentary(video, args.model, dtype=args.dtype, questions=asked, **settings)
     commentary.prepare()
     said, stamps = [], [time.perf_counter()]
-    with Countdown("commenting", match.seconds) as progress:
+    with Countdown("commenting") as progress:
         for each in commentary:
             index = round(each.caption.start)
             said.append(Said(index, each.caption.text, questions.get(index, "")))
             stamps.append(time.perf_counter())
-            progress(each.caption.end)
+            progress(each.caption.end, match.seconds)
     rounds = sorted(after - before for before, after in itertools.pairwise(stamps[1:])) or [0.0]
     stream = commentary.spec.stream
     told = ("mode", "positions", "vision_window", "text_window", "text_sink", "text_sliding", "temperature")
