@@ -12,7 +12,7 @@ from svlm_jax.types import Float
 
 HEIGHT, WIDTH = 224, 336  # pixels: 8 x 12 merged patches of 28, and 2 x 3 attention windows of 112
 METRE = 4.1  # pixels of a picture of that size
-RADIUS = 2.4  # metres, of a player's disc: far larger than life, so that numbers can be read
+RADIUS = 2.8  # metres, of a player's disc: far larger than life, so that numbers can be read
 PHASES = 4  # places within a pixel that sprites are drawn for
 FINE = 4  # sprites are drawn this many times larger and shrunk, for smooth edges
 
@@ -170,7 +170,7 @@ def _player(kit: str, number: int, team: int, unit: float) -> Sprite:
     def draw_on(draw: ImageDraw.ImageDraw, x: float, y: float, s: int) -> None:
         draw.ellipse([x - r * s + 1.6 * s, y - r * s + 2 * s, x + r * s + 1.6 * s, y + r * s + 2 * s], fill=(0, 0, 0, 90))
         draw.ellipse([x - r * s, y - r * s, x + r * s, y + r * s], fill=shirt, outline=(15, 15, 15), width=s)
-        draw.text((x, y), str(number), fill=ink, font=font, anchor="mm")
+        draw.text((x, y), str(number), fill=ink, font=font, anchor="mm", stroke_width=1, stroke_fill=ink)
 
     return _sprite(r + 3, draw_on)
 
@@ -183,8 +183,8 @@ def _fallen(kit: str, number: int, team: int, unit: float) -> Sprite:
     font = ImageFont.load_default(1.2 * r * FINE)
 
     def draw_on(draw: ImageDraw.ImageDraw, x: float, y: float, s: int) -> None:
-        draw.ellipse([x - 1.3 * r * s, y - 0.6 * r * s, x + 1.3 * r * s, y + 0.6 * r * s], fill=shirt, outline=(15, 15, 15), width=s)
-        draw.text((x, y), str(number), fill=ink, font=font, anchor="mm")
+        draw.ellipse([x - 1.3 * r * s, y - 0.65 * r * s, x + 1.3 * r * s, y + 0.65 * r * s], fill=shirt, outline=(15, 15, 15), width=s)
+        draw.text((x, y), str(number), fill=ink, font=font, anchor="mm", stroke_width=1, stroke_fill=ink)
 
     return _sprite(1.4 * r + 2, draw_on)
 

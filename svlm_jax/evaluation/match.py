@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svlm_jax.demo.commentary import DELAY, Claim, Line, answer, answer_claim, claims, commentate
+from svlm_jax.demo.commentary import DELAY, Claim, Line, answer, answer_claim, claims, commentate, round_of
 from svlm_jax.demo.match import KINDS, Event, Match
 
 TOLERANCE = 1.0  # seconds
@@ -72,7 +72,8 @@ def _same(event: Event, claim: Claim, match: Match) -> bool:
 
 
 def _events(match: Match, claimed: Sequence[tuple[int, Claim | None]]) -> list[Finding]:
-    found, free = [], dict(enumerate(match.events))
+    found = []
+    free = {i: event for i, event in enumerate(match.events) if round_of(event.time) < match.seconds}  # the others are told after its end
     times = [event.time for event in match.events]
     for time, claim in claimed:
         if claim is not None and claim.kind not in KINDS:
