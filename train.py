@@ -15,6 +15,7 @@ import jax
 
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find, load_params
+from svlm_jax.checkpoints.run_form import described_in, is_run
 from svlm_jax.cli import guarded
 from svlm_jax.config import ModelConfig
 from svlm_jax.configs.models import MODELS
@@ -26,7 +27,7 @@ from svlm_jax.sharding import make_mesh, param_shardings, replicated_axes
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training import hosts
 from svlm_jax.training.attention import Job, choose
-from svlm_jax.training.checkpoint import Checkpoints
+from svlm_jax.training.checkpoint import Checkpoints, describe
 from svlm_jax.training.config import RunConfig, as_json, resolve
 from svlm_jax.training.forward import Recipe
 from svlm_jax.training.loop import run
@@ -45,7 +46,8 @@ def train(config: RunConfig) -> TrainState:
     # Model
     folder = find(config.weights)[0] if config.weights else None
     model = read_config(folder) if folder else MODELS[config.model]()
-    tokenizer = Tokenizer.load(folder or tiny_path())
+    words = described_in(folder) if folder else tiny_path()
+    tokenizer = Tokenizer.load(words)
 
     # Mesh
     mesh = make_mesh(**config.mesh.sizes(jax.device_count()), devices=jax.devices())
@@ -73,6 +75,7 @@ def train(config: RunConfig) -> TrainState:
         print(f"goes on after step {step}", file=sys.stderr)
     if chief:
         (out / "config.json").write_text(as_json(config))
+        describe(out, model, folder, words, config.step.dtype)
 
     # Loop
     report = Report(out / "metrics.jsonl" if chief else None, after=step or 0, steps=config.steps)
@@ -100,7 +103,8 @@ def first_state(trainer: Trainer, config: RunConfig, folder: Path | None) -> Tra
     if folder is None:
         return jax.jit(lambda: trainer.init(init_params(trainer.model, key, stacked=True), key), out_shardings=trainer.shardings())()
     shardings = param_shardings(trainer.model, trainer.recipe.placement.mesh, stacked=True)
-    return init(load_params(folder, trainer.model, stacked=True, shardings=shardings), key)
+    dtype = "float32" if is_run(folder) else None  # what a run trained is not rounded when another goes on from it
+    return init(load_params(folder, trainer.model, dtype=dtype, stacked=True, shardings=shardings), key)
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from svlm_jax.captions import Caption
 from svlm_jax.checkpoints import load as checkpoint
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import LoadedModel
+from svlm_jax.checkpoints.run_form import described_in
 from svlm_jax.checkpoints.source import open_source
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
@@ -67,7 +68,7 @@ class Checkpoint:
         source = folder if weights is None else checkpoint.find(os.fspath(weights))[0]
         opened = open_source(source, config, dtype=dtype)
         nbytes = sum(math.prod(shape) for shape in opened.shapes.values()) * opened.dtype.itemsize
-        return cls(folder, source, config, Tokenizer.load(folder), opened.dtype, nbytes)
+        return cls(folder, source, config, Tokenizer.load(described_in(folder)), opened.dtype, nbytes)
 
     def load(self, progress: checkpoint.Progress | None = None) -> LoadedModel:
         """Reads the parameters onto the default device. `progress` is called with bytes done and in total."""

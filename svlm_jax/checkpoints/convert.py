@@ -14,6 +14,7 @@ from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find
 from svlm_jax.checkpoints.orbax_form import is_orbax, library, write_orbax
 from svlm_jax.checkpoints.plan import Path_
+from svlm_jax.checkpoints.run_form import described_in, is_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS
 from svlm_jax.checkpoints.save import Progress, copy_companions, write_json, write_weights
 from svlm_jax.checkpoints.source import Parameters, open_source
@@ -21,7 +22,7 @@ from svlm_jax.checkpoints.staging import refuse_existing, staged
 from svlm_jax.errors import UserError
 
 Form = Literal["hf", "orbax"]
-TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form"}
+TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "run": "a training run's form"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,9 @@ def convert(
     """Writes the checkpoint `source` as directory `target`, which is whole or not there.
 
     Args:
-      source: a directory of either form, or a name on the Hub.
-      form: of the target; None is the form that the source does not have.
-      dtype: of the target; None keeps every bit.
+      source: a directory of either form, a training run's or one of its checkpoints, or a name on the Hub.
+      form: of the target; None is the form that the source does not have, Hugging Face's of a training run.
+      dtype: of the target; None keeps every bit, but for what a training run trained in float32 beside frozen weights: it takes their dtype.
       adapter: a LoRA adapter's directory, in PEFT's format, that is merged into the weights.
       shard_bytes: a safetensors file's size at most.
       progress: called with (bytes done, bytes in total).
@@ -61,7 +62,7 @@ def convert(
     refuse_existing(target)
     folder, _ = find(source)
     config = read_config(folder)
-    form = form or ("hf" if is_orbax(folder) else "orbax")
+    form = form or ("hf" if is_orbax(folder) or is_run(folder) else "orbax")
     if form == "orbax":
         library()  # an error now, rather than after the first gigabyte
     opened = open_source(folder, config, dtype=dtype)
@@ -76,8 +77,8 @@ def convert(
             write_orbax(staging, _counted(parameters, total, progress))
         else:
             write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
-        copy_companions(folder, staging)
-        write_json(staging / "config.json", _described(folder, opened.dtype))
+        copy_companions(described_in(folder), staging)
+        write_json(staging / "config.json", _described(described_in(folder), opened.dtype))
     return Converted(target, form, opened.dtype, count, total)
 
 

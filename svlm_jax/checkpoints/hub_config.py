@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from svlm_jax.checkpoints.run_form import described_in
 from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
 from svlm_jax.errors import UserError
 from svlm_jax.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ class _Fields:
 
 
 def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
-    """The sizes of the model in directory `path`, from its config.json.
+    """The sizes of the model in directory `path`, from its config.json (of a training run's checkpoint, from the run's).
 
     Args:
       name: what the model is called; the directory's name by default.
@@ -74,11 +75,11 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
     Raises UserError for a missing, unreadable or unsupported config.json; the message names the field and the file.
     """
     folder = Path(path)
-    file = folder / "config.json"
+    file = described_in(folder) / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no config.json in {folder}: pass the directory that a Hugging Face model was downloaded to") from error
+        raise UserError(f"no config.json in {file.parent}: pass the directory that a Hugging Face model was downloaded to") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(raw, dict):

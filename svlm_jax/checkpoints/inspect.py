@@ -9,6 +9,7 @@ from svlm_jax.checkpoints.hub_config import FAMILIES, family_of, read_config
 from svlm_jax.checkpoints.load import find
 from svlm_jax.checkpoints.orbax_form import is_orbax, leaf_details
 from svlm_jax.checkpoints.plan import tensors_of, weight_files
+from svlm_jax.checkpoints.run_form import RunSource, described_in, files_of
 from svlm_jax.checkpoints.source import open_source
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -45,6 +46,11 @@ def inspect(path: str | Path) -> Inspected:
         chunked = sum(chunks > 1 for _, chunks, _ in details)
         layout = f"{len(details)} arrays, {chunked} of them in chunks, so that a device reads little more than its shard"
         files = sorted(file for file in (folder / "params").rglob("*") if file.is_file())
+    elif isinstance(opened, RunSource):
+        for _, shape, dtype in opened.arrays.values():
+            dtypes[dtype.name] = dtypes.get(dtype.name, 0) + math.prod(shape) * dtype.itemsize
+        layout = f"{len(opened.arrays)} arrays, layers stacked, each read by slices"
+        files = list(files_of(folder))
     else:
         tensors = tensors_of(folder)
         for stored in tensors.values():
@@ -52,12 +58,12 @@ def inspect(path: str | Path) -> Inspected:
         layout = f"{len(tensors)} tensors, each read by byte range"
         files = weight_files(folder)
     try:
-        words = f"{Tokenizer.load(folder).vocab_size:,} tokens"
+        words = f"{Tokenizer.load(described_in(folder)).vocab_size:,} tokens"
     except UserError as error:
         words = str(error)
     return Inspected(
         folder,
-        TITLES["orbax" if is_orbax(folder) else "hf"],
+        TITLES["orbax" if is_orbax(folder) else "run" if isinstance(opened, RunSource) else "hf"],
         FAMILIES[family_of(config)].title,
         config,
         sum(sizes.values()),

@@ -1,4 +1,4 @@
-"""Reads a checkpoint, in Hugging Face's form or Orbax's, straight into the parameters' layout and sharding, without PyTorch.
+"""Reads a checkpoint, in Hugging Face's form, Orbax's or a training run's, straight into the parameters' layout and sharding, without PyTorch.
 
 The host holds one parameter at a time (and the one before it, while that travels to its device), never the model.
 """
@@ -18,6 +18,7 @@ from svlm_jax.checkpoints.copying import COPIERS, fill
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
 from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
+from svlm_jax.checkpoints.run_form import described_in, is_run, last_step, load_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -49,7 +50,7 @@ def load(
     """
     folder, name = find(path)
     config = read_config(folder, name=name)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(described_in(folder))
     if tokenizer.vocab_size > config.text.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model embeds {config.text.vocab_size}: "
@@ -60,10 +61,15 @@ def load(
 
 
 def find(path: str | Path) -> tuple[Path, str]:
-    """(directory, model's name) of a checkpoint: a directory as it is; `org/name` through `huggingface_hub`, its cache first."""
+    """(directory, model's name) of a checkpoint: a directory as it is; `org/name` through `huggingface_hub`, its cache first.
+
+    A training run's directory is its last checkpoint.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return folder, folder.resolve().name
+        folder = last_step(folder)
+        whole = folder.resolve()
+        return folder, f"{whole.parent.parent.name}-{whole.name}" if is_run(folder) else whole.name
     name = str(path)
     if folder.is_file() and folder.suffix in PICKLES:
         raise UserError(f"{name} is a pickle, which may run any code when it is opened: pass a directory with safetensors")
@@ -110,6 +116,8 @@ def load_params(
     places = _places(config, stacked, shardings)
     if is_orbax(Path(path)):
         return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
+    if is_run(Path(path)):
+        return load_run(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
     targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     params: Params = {}
     total, done, files = sum(target.nbytes for target in targets), 0, Mapped()

@@ -170,7 +170,7 @@ def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None
     context.array.saving.use_compression = False  # weights hardly shrink, and what is not packed is read in place
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     saving: Any = None
-    with _quiet(), context:
+    with quiet(), context:
         try:
             for group in groups:  # the next one is read while this one goes to the disk
                 if saving is not None:
@@ -188,7 +188,7 @@ def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None
 def _metadata(folder: Path) -> Any:
     ocp = library()
     try:
-        with _quiet():
+        with quiet():
             tree = ocp.metadata((folder / PARAMS).absolute()).metadata
         if not isinstance(tree, dict):
             raise ValueError("its metadata names no parameters")
@@ -202,7 +202,7 @@ def _read(folder: Path, tree: Params) -> Params:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
-        with _quiet(), context:
+        with quiet(), context:
             return ocp.load((folder / PARAMS).absolute(), tree)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "No such" not in str(error):
@@ -222,7 +222,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the library's warnings about its own parts; what is wrong with a checkpoint it raises as well."""
     log = logging.getLogger("absl")
     level = log.level

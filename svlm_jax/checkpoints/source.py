@@ -1,4 +1,4 @@
-"""Checkpoints on disk, of either form, whose parameters are read a group at a time."""
+"""Checkpoints on disk, of any form, whose parameters are read a group at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from svlm_jax.checkpoints.load import assemble
 from svlm_jax.checkpoints.names import Piece, name_table
 from svlm_jax.checkpoints.orbax_form import GROUP_BYTES, OrbaxSource, grouped, is_orbax
 from svlm_jax.checkpoints.plan import Path_, plan
+from svlm_jax.checkpoints.run_form import RunSource, is_run
 from svlm_jax.checkpoints.safetensors_file import Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -36,12 +37,13 @@ class HubSource:
             return {path: assemble(self._targets[path], tuple(slice(0, n) for n in self.shapes[path]), self._files, pool) for path in paths}
 
 
-Source = HubSource | OrbaxSource
+Source = HubSource | OrbaxSource | RunSource
 
 
 def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> Source:
     """The checkpoint in `folder`, with every tensor accounted for and none read. UserError for what is wrong with it."""
-    return (OrbaxSource if is_orbax(folder) else HubSource)(folder, config, dtype=dtype)
+    kind = OrbaxSource if is_orbax(folder) else RunSource if is_run(folder) else HubSource
+    return kind(folder, config, dtype=dtype)
 
 
 class Parameters:

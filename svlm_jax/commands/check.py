@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from svlm_jax.checkpoints.check import check, compare, compare_logits
     from svlm_jax.checkpoints.load import find
     from svlm_jax.checkpoints.orbax_form import is_orbax
+    from svlm_jax.checkpoints.run_form import is_run
 
     with ProgressLine("checked") as progress:
         _, count = check(args.path, progress=progress)
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     with ProgressLine("compared") as progress:
         same = compare(args.path, args.against, progress=progress)
     print(f"all {same:,} numbers are those of {args.against}, bit for bit")
-    if is_orbax(find(args.against)[0]):
+    against = find(args.against)[0]
+    if is_orbax(against) or is_run(against):
         print("logits were not compared: transformers reads Hugging Face's form alone")
         return 0
     worst = compare_logits(args.path, args.against)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from svlm_jax.checkpoints.hub_config import TokenIds, write_config
+from svlm_jax.checkpoints.run_form import MODEL, described_in
+from svlm_jax.checkpoints.save import copy_companions, write_json
+from svlm_jax.checkpoints.staging import staged
+from svlm_jax.config import ModelConfig
 from svlm_jax.data.pipeline import merge_states
 from svlm_jax.errors import UserError
+from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training.config import CheckpointConfig
 from svlm_jax.training.step import TrainState
 from svlm_jax.training.trainable import Flat, unflatten
@@ -56,7 +63,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Begins to write the state after `step` batches; what is written is a copy, so the state may be donated at once."""
-        parts = {name: ocp.args.StandardSave(part) for name, part in _parts(state).items() if part}
+        parts = {name: ocp.args.StandardSave(part, _in_layers(part)) for name, part in _parts(state).items() if part}
         self.manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(_of_all_hosts(data)), **parts), force=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -75,6 +82,29 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _in_layers(part: Flat) -> dict[str, ocp.SaveArgs]:
+    """Layers that are stacked in memory are chunks of their own on the disk, so that one is read without the others."""
+    return {path: ocp.SaveArgs(shard_axes=(0,) if path.startswith("text.layers.") else ()) for path in part}
+
+
+def describe(out: Path, model: ModelConfig, source: Path | None, tokenizer: Path, dtype: str) -> None:
+    """Writes what a run's checkpoints are read with, `out`/model: config.json, tokenizer files. What is there already stays.
+
+    Args:
+      source: the checkpoint that the run starts from, whose config.json is taken; without one, `model` is written down.
+      tokenizer: the directory of the tokenizer's files.
+      dtype: of the products, which config.json states as the weights' dtype.
+    """
+    if (out / MODEL).exists():
+        return
+    with staged(out / MODEL) as staging:
+        copy_companions(tokenizer, staging)
+        if source is not None:
+            shutil.copyfile(described_in(source) / "config.json", staging / "config.json")
+        else:
+            write_json(staging / "config.json", write_config(model, TokenIds.of(Tokenizer.load(tokenizer)), dtype=dtype))
 
 
 def restore_params(directory: Path, step: int | None = None) -> Params:

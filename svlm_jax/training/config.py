@@ -73,7 +73,7 @@ class RunConfig:
     data: DataConfig
     steps: int  # batches to take
     model: str = "7b"  # a name of `configs.models`, for random weights; not looked at with `weights`
-    weights: str = ""  # a checkpoint to start from: a Hugging Face directory, or org/name
+    weights: str = ""  # a checkpoint to start from: a Hugging Face directory, org/name, or the `out` or `out/checkpoints/STEP` of another run
     seed: int = 0  # of random weights and adapters
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from svlm_jax.training.report import Report
 from svlm_jax.training.step import Metrics, Trainer, TrainState
 
 
+@runtime_checkable
 class Source(Protocol):
     """Batches in an order that can be gone back to: `grain.DatasetIterator`."""
 

@@ -1,0 +1,145 @@
+"""Checkpoints of training runs read like any other: to go on from the weights alone, and to convert them."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from svlm_jax.checkpoints.convert import convert
+from svlm_jax.checkpoints.hub_config import read_config
+from svlm_jax.checkpoints.inspect import inspect
+from svlm_jax.checkpoints.load import find, load, load_params
+from svlm_jax.configs.sft_tiny import config as sft_tiny
+from svlm_jax.errors import UserError
+from svlm_jax.sharding import make_mesh, param_shardings
+from svlm_jax.training.checkpoint import Checkpoints, describe
+from svlm_jax.training.config import CheckpointConfig, as_json, override
+from svlm_jax.training.lora import merged
+from svlm_jax.training.trainable import flatten
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py
+
+
+def write(out: Path, *changes: str):
+    """(the trainer, its state) of a run that saved twice: step 3 is the start with every trained number changed."""
+    from svlm_jax.training.step import Trainer
+    from train import first_state, make_recipe
+
+    config = override(sft_tiny(), changes)
+    folder = find(config.weights)[0]
+    model = read_config(folder)
+    trainer = Trainer(model, config.step, make_recipe(config, model, make_mesh()), config.steps)
+    state = first_state(trainer, config, folder)
+    rng = np.random.default_rng(0)
+    noisy = {path: jax.numpy.asarray(leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32)) for path, leaf in state.trained.items()}
+    later = dataclasses.replace(state, trained=noisy)
+    checkpoints = Checkpoints.open(out / "checkpoints", CheckpointConfig())
+    checkpoints.save(2, state, {})
+    checkpoints.save(3, later, {})
+    checkpoints.close()
+    (out / "config.json").write_text(as_json(config))
+    describe(out, model, folder, folder, config.step.dtype)
+    return trainer, later
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return out, *write(out)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    return out, *write(out, "step.lora.rank=4", "step.lora.alpha=8", "step.dtype=bfloat16")
+
+
+def equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_run_is_converted_as_its_last_checkpoint_and_loads_like_any_model(plain, tmp_path):
+    out, trainer, state = plain
+    done = convert(out, tmp_path / "hf")
+    assert done.form == "hf" and done.dtype == np.float32
+    there = load(tmp_path / "hf", stacked=True)
+    equal(flatten(there.params), {**state.trained, **state.frozen})
+    assert dataclasses.replace(there.config, name="") == dataclasses.replace(trainer.model, name="")
+    assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == [
+        *("README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
+    mesh = make_mesh()
+    shardings = param_shardings(trainer.model, mesh, stacked=True)
+    direct = load(out / "checkpoints" / "3", stacked=True, shardings=shardings)
+    assert direct.config.name == "run-3" and direct.tokenizer.vocab_size == there.tokenizer.vocab_size
+    equal(direct.params, there.params)
+    layers = load(out).params["text"]["layers"]
+    np.testing.assert_array_equal(layers[1]["qkv"], state.trained["text.layers.qkv"][1])
+    first = flatten(load_params(out / "checkpoints" / "2", trainer.model, stacked=True))
+    assert np.any(first["text.layers.qkv"] != state.trained["text.layers.qkv"])
+    found = inspect(out)
+    assert found.path == out / "checkpoints" / "3" and found.form == "a training run's form" and found.dtypes == {"float32": 4 * found.parameters}
+
+
+def test_a_start_from_another_run_is_exact(plain):
+    from train import first_state
+
+    out, trainer, state = plain
+    weights = find(out)[0]
+    begun = first_state(trainer, override(sft_tiny(), [f"weights={out}"]), weights)
+    equal((begun.trained, begun.frozen), (state.trained, state.frozen))
+    assert int(begun.step) == 0 and not np.any(begun.moments[1].nu["text.layers.qkv"])
+
+
+def test_adapters_are_merged_on_the_way(adapted, tmp_path):
+    out, trainer, state = adapted
+    done = convert(out, tmp_path / "hf")
+    assert done.dtype == jax.numpy.bfloat16  # of the weights beneath
+    whole = merged(state.trained | state.frozen, trainer.config.lora)
+    assert np.any(np.asarray(whole["text.layers.qkv"]) != np.asarray(state.frozen["text.layers.qkv"]))
+    close = {path: np.asarray(leaf, np.float32) for path, leaf in whole.items()}
+    for found in (load(tmp_path / "hf", stacked=True).params, load(out, stacked=True).params):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-7, atol=1e-6), flatten(found), close)
+    exact = flatten(load_params(find(out)[0], trainer.model, dtype="float32", stacked=True))
+    a, b = (np.asarray(state.trained[f"text.layers.down.lora_{half}"]) for half in "ab")
+    wanted = np.asarray(state.frozen["text.layers.down"], np.float32) + 2 * (a @ b)
+    np.testing.assert_allclose(exact["text.layers.down"], wanted, atol=1e-6)
+
+
+def test_what_is_wrong_with_a_run(plain, adapted, tmp_path):
+    out, trainer, _ = plain
+    alone = shutil.copytree(out / "checkpoints" / "3", tmp_path / "far" / "away" / "3")
+    with pytest.raises(UserError, match=r"no config.json in .*model"):
+        load(alone)
+    shutil.copytree(out / "model", alone, dirs_exist_ok=True)  # beside the weights will do
+    assert load(alone).config.text == trainer.model.text
+    larger = dataclasses.replace(trainer.model, text=dataclasses.replace(trainer.model.text, intermediate_size=256))
+    with pytest.raises(UserError, match=r"parameter text.layers.(down|gate_up) in .* has shape .*use its own config.json"):
+        load_params(out / "checkpoints" / "3", larger)
+    tied = dataclasses.replace(trainer.model, text=dataclasses.replace(trainer.model.text, tie_word_embeddings=True))
+    with pytest.raises(UserError, match=r"holds, against its config.json, parameter text.head"):
+        load_params(out / "checkpoints" / "3", tied)
+    moved = shutil.copytree(adapted[0] / "checkpoints" / "3", tmp_path / "a" / "checkpoints" / "3")
+    with pytest.raises(UserError, match=r"holds adapters, and .*config.json does not say how they are scaled"):
+        load_params(moved, trainer.model)
+    for file in (alone / "trained").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        load(alone)
+
+
+def test_a_model_of_random_weights_is_described(tmp_path):
+    from svlm_jax.demo.make_tiny import tiny_path
+
+    model = read_config(tiny_path())
+    describe(tmp_path, model, None, tiny_path(), "bfloat16")
+    assert dataclasses.replace(read_config(tmp_path / "model"), name=model.name) == model
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
