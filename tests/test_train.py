@@ -15,13 +15,13 @@ import packed
 import pytest
 import small_training
 
+from svlm_jax.configs.sft_tiny import annotations
 from svlm_jax.configs.sft_tiny import config as sft_tiny
 from svlm_jax.data.batch import IGNORED
 from svlm_jax.errors import UserError
 from svlm_jax.training.checkpoint import restore_params
 from svlm_jax.training.config import MeshConfig, as_json, override, resolve
 from svlm_jax.training.flops import operations
-from svlm_jax.training.report import Report
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 STEPS = 8
@@ -53,21 +53,26 @@ def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(tmp_path):
     wanted = {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(whole)}
     assert list(wanted) == list(range(1, STEPS + 1))
 
-    run = start(parts)
+    # The parts are evaluated as well, which must change nothing
+    held = [f"evaluation.datasets.held.path={annotations(tmp_path)}", "evaluation.every=3"]
+    run = start(parts, *held)
     wait_for(run, parts, 4)  # while step 4 is being saved, or just after
     run.kill()
     run.communicate()
-    run = start(parts)
+    run = start(parts, *held)
     wait_for(run, parts, 6)
     run.send_signal(signal.SIGTERM)
     told = run.communicate(timeout=600)[1]
     assert run.returncode == 0 and "it was told to end at step" in told, told
     last = records(parts)[-1]["step"]
     assert f"told to end at step {last}" in told
-    run = start(parts)
+    run = start(parts, *held)
     told = run.communicate(timeout=600)[1]
     assert run.returncode == 0 and f"goes on after step {last}" in told, told
     assert {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(parts)} == wanted
+
+    assert [record["step"] for record in records(parts) if "eval_loss" in record] == [step for step in (3, 6, 8) if step != last]
+    assert all(record["spent"]["restarts"] > 0 for record in records(parts)[-1:]) and "restarts" in told
 
     ours, theirs = restore_params(whole / "checkpoints"), restore_params(parts / "checkpoints")
     assert set(ours) == {"text", "vision"} and ours["vision"]["blocks"][0]["qkv"].ndim == 4
@@ -153,13 +158,3 @@ def test_operations_are_those_of_what_is_there():
     assert found.vision == 2 * (2 * patches * (2 * block + v.patch_features * 32) + 2 * 6 * merger + 2 * attention)
     frozen = operations(model, packed.pack(model, [[chunk]], tokens=64, bins=1, windows=2), {"text.layers.qkv.lora_a"})
     assert frozen.decoder == found.decoder / 3 and frozen.attention == found.attention / 2
-
-
-def test_a_report_goes_on_behind_the_checkpoint(tmp_path, capsys):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    report = Report(file, after=2, steps=9)
-    report.write({"step": 3, "loss": 1.5, "tokens_per_second": 1e4, "step_ms": 6e5, "data_wait": 0.25, "mfu": 0.5})
-    report.close()
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
-    assert capsys.readouterr().err == "step 3/9  loss 1.5000  10,000 tokens/s  data wait 25%  MFU 50.0%  ETA 1:00:00\n"

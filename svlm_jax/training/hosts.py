@@ -86,6 +86,12 @@ def put(batch: Batch, placement: Placement) -> Batch:
     )
 
 
+def own_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is cut over rows alone, in order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def stop_asked(step: int, signalled: bool) -> bool:
     """Whether any process was told to end: the same answer in all of them."""
     if jax.process_count() == 1:
@@ -97,8 +103,14 @@ def stop_asked(step: int, signalled: bool) -> bool:
 
 def total(number: float) -> float:
     """The sum over all processes."""
+    return totals(number)[0]
+
+
+def totals(*numbers: float) -> list[float]:
+    """The sum of each number over all processes, in float64."""
     if jax.process_count() == 1:
-        return number
+        return [float(number) for number in numbers]
     from jax.experimental import multihost_utils
 
-    return float(multihost_utils.process_allgather(np.asarray(number, np.float64)).sum())
+    halves = np.asarray(numbers, np.float64).view(np.uint32)  # JAX would round float64
+    return multihost_utils.process_allgather(halves).view(np.float64).sum(axis=0).tolist()
