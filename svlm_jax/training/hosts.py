@@ -93,12 +93,12 @@ def own_rows(array: jax.Array) -> np.ndarray:
 
 
 def stop_asked(step: int, signalled: bool) -> bool:
-    """Whether any process was told to end: the same answer in all of them."""
+    """Whether to end at this step. Of several processes, whether any was told to: all get the same answer at the same step."""
     if jax.process_count() == 1:
         return signalled
     from jax.experimental import multihost_utils
 
-    return signalled or multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def total(number: float) -> float:

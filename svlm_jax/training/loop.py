@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -53,18 +54,34 @@ class Taken:
 
 @contextlib.contextmanager
 def told_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come; a second one ends the program at once."""
+    """Whether SIGTERM or Ctrl-C has come; a second one ends the program at once.
+
+    Of several processes each must stop at the same step: what one of them hears, JAX's preemption service tells all. SIGTERM is left to it,
+    and Ctrl-C becomes one.
+    """
     heard: list[int] = []
+    if jax.process_count() > 1:
+
+        def pass_on(number: int, frame: object) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        before = signal.signal(signal.SIGINT, pass_on)
+        try:
+            yield lambda: False
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return
 
     def hear(number: int, frame: object) -> None:
         heard.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(heard)
     finally:
-        for number, handler in before.items():
+        for number, handler in former.items():
             signal.signal(number, handler)
 
 
