@@ -135,10 +135,12 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "device": f"cpu, {os.cpu_count()} cores, {platform.machine()}",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "steps": arguments.steps,
         "kills": arguments.kills,
-        "kills_with_a_checkpoint_half_written": sum(bool(life["partial"]) for life in lives[:-1]),
+        "kills_that_left_a_checkpoint_half_written": sum(
+            bool(set(life["partial"]) - set(before)) for before, life in zip([[], *(life["partial"] for life in lives)], lives[:-1], strict=False)
+        ),
         "identical": found == wanted,
         "goodput": spent["goodput"],
         "lives": lives,
@@ -150,10 +152,10 @@ def main() -> None:
     sys.exit(0 if found == wanted else 1)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("jax", "flax", "orbax-checkpoint", "grain")}
+    return {"python": platform.python_version()} | {name: version(name) for name in ("jax", "flax", "orbax-checkpoint", "grain")}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def asked(count: int) -> list[str]:
     return [f"hosts.count={count}", f"hosts.coordinator={address}"]
 
 
+def held(out: Path) -> list[str]:
+    """Held-out data: the preset's own, which is enough to see that nothing else changes."""
+    return [f"evaluation.datasets.held.path={annotations(out.parent)}", "evaluation.every=3"]
+
+
 def ended(*runs: subprocess.Popen) -> str:
     """What the first of these runs said, all having ended well."""
     told = [run.communicate(timeout=600)[1] for run in runs]
@@ -60,9 +65,10 @@ def wait_for(run: subprocess.Popen, out: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing disturbs."""
+    """A run that nothing disturbs, evaluated on the way."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    told = ended(start(out, "report.tensorboard=true"))
+    told = ended(start(out, "report.tensorboard=true", *held(out)))
+    assert [record["step"] for record in records(out) if "eval_loss" in record] == [3, 6, 8]
     assert list(course(out)) == list(range(1, STEPS + 1)) and "goodput" in told
     assert any((out / "tensorboard").iterdir())
     saved = json.loads((out / "config.json").read_text())
@@ -70,28 +76,26 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(whole, tmp_path):
+def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(whole):
+    """These are not evaluated: that must change nothing."""
     parts = whole.with_name("parts")
-    # The parts are evaluated as well, which must change nothing
-    held = [f"evaluation.datasets.held.path={annotations(tmp_path)}", "evaluation.every=3"]
-    run = start(parts, *held)
+    run = start(parts)
     assert kill_in_a_save(run, parts, 2, 0.0), run.communicate()[1]
     run.communicate()
     assert checkpoints(parts) == ([2], ["4.orbax-checkpoint-tmp"])  # one is half written
-    run = start(parts, *held)
+    run = start(parts)
     time.sleep(2)  # in its start
     run.kill()
     run.communicate()
-    run = start(parts, *held)
+    run = start(parts)
     wait_for(run, parts, 6)
     run.send_signal(signal.SIGTERM)
     told = ended(run)
     assert resumed_after(told) == 2
     last = records(parts)[-1]["step"]
     assert f"told to end at step {last}" in told
-    told = ended(start(parts, *held))
+    told = ended(start(parts))
     assert resumed_after(told) == last and course(parts) == course(whole)
-    assert [record["step"] for record in records(parts) if "eval_loss" in record] == [step for step in (3, 6, 8) if step != last]
     assert records(parts)[-1]["spent"]["restarts"] > 0 and "restarts" in told
 
     ours, theirs = restore_params(whole / "checkpoints"), restore_params(parts / "checkpoints")
@@ -103,19 +107,21 @@ def test_two_processes_compute_what_one_does_and_one_goes_on(whole):
     """One of the two is told to end, and both do, at one step; a single process goes on from there, in the same order."""
     out = whole.with_name("two")
     two = asked(2)
-    runs = [start(out, *two, f"hosts.index={index}") for index in range(2)]
+    runs = [start(out, *two, *held(out), f"hosts.index={index}") for index in range(2)]
     wait_for(runs[0], out, 3)
     runs[1].send_signal(signal.SIGTERM)
     told = ended(*runs)
     last = records(out)[-1]["step"]
     assert f"told to end at step {last}" in told and checkpoints(out)[0][-1] == last < STEPS
     assert [line.split()[:2] for line in told.splitlines()[1:3]] == [["0", "1"], ["1", "1"]]  # the table of processes and devices
-    assert resumed_after(ended(start(out))) == last
+    assert resumed_after(ended(start(out, *held(out)))) == last
     ours, theirs = course(out), course(whole)
     assert list(ours) == list(theirs)
     for step, (loss, norm, accuracy, labels) in theirs.items():
         np.testing.assert_allclose(ours[step][:2], (loss, norm), rtol=1e-4)
         assert ours[step][2:] == (pytest.approx(accuracy, abs=1.5 / labels), labels)
+    evaluated = [[record["eval_loss"] for record in records(run) if record["step"] in (3, STEPS)] for run in (out, whole)]
+    np.testing.assert_allclose(*evaluated, rtol=1e-4)
 
 
 def test_fewer_processes_than_asked_for_say_so(tmp_path):
