@@ -67,7 +67,7 @@ def train(config: RunConfig) -> TrainState:
     trainer = Trainer(model, config.step, make_recipe(config, model, mesh), config.steps)
     for line in trainer.recipe.attention.rejected:
         print(f"attention {line}", file=sys.stderr)
-    evaluator = Evaluator(trainer, config, tokenizer, shard) if config.evaluation.datasets else None
+    evaluator = Evaluator.of(trainer, config, tokenizer, shard)
 
     # State
     out = Path(config.out)

@@ -10,15 +10,18 @@ from pathlib import Path
 import colours
 import jax
 import numpy as np
+import pytest
 import small
 import small_training
 
 from svlm_jax.data.annotations import AnnotationFile
 from svlm_jax.data.batch import IGNORED
 from svlm_jax.data.pipeline import DatasetConfig, make_batches
+from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import bind
 from svlm_jax.streaming.prompt import PromptLayout
-from svlm_jax.training.evaluation import Tally, tally
+from svlm_jax.training.config import EvaluationConfig
+from svlm_jax.training.evaluation import Evaluator, Tally, tally
 from svlm_jax.training.loss import plain_loss, targets_of, token_losses
 from svlm_jax.training.turns import silence, turns_of
 from svlm_jax.training.unigram import Unigram, count_labels
@@ -93,6 +96,14 @@ def test_a_part_of_the_rows_is_spread_over_all(tmp_path):
     for limit, wanted in ((2, [0, 3]), (3, [0, 2, 4]), (9, [0, 1, 2, 3, 4])):
         batches = make_batches(data(tmp_path), small.tokenizer(), small_training.model().vision, at_most=limit)
         assert sorted(name for rows in batches for row in rows.samples for name in row) == [f"some:{row}" for row in wanted]
+
+
+def test_an_evaluation_without_data_is_refused():
+    config = colours.config()
+    made = small_training.trainer(small_training.config())
+    with pytest.raises(UserError, match=r"^evaluation.every and .rows are given without data: add evaluation.datasets.NAME.path=FILE"):
+        Evaluator.of(made, dataclasses.replace(config, evaluation=EvaluationConfig(every=5)), small.tokenizer(), (0, 1))
+    assert Evaluator.of(made, dataclasses.replace(config, evaluation=EvaluationConfig()), small.tokenizer(), (0, 1)) is None
 
 
 def test_a_model_that_learns_colours_knows_them_in_a_video_it_never_saw(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 
 from svlm_jax.data.batch import IGNORED, Batch
 from svlm_jax.data.pipeline import DataConfig, make_batches
+from svlm_jax.errors import UserError
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training import hosts
 from svlm_jax.training.config import RunConfig
@@ -84,6 +85,15 @@ class Evaluator:
             self.data, tokenizer, vision, shard=shard, workers=config.workers, go_on=shard[1] > 1, at_most=held.rows or None
         )
         self._unigram = Unigram.of(count_labels(config.data, tokenizer, vision, trainer.model.text.vocab_size))
+
+    @classmethod
+    def of(cls, trainer: Trainer, config: RunConfig, tokenizer: Tokenizer, shard: tuple[int, int]) -> "Evaluator | None":
+        """None where no held-out data are given. UserError where they are asked to be used all the same."""
+        if not config.evaluation.datasets:
+            if config.evaluation.every or config.evaluation.rows:
+                raise UserError("evaluation.every and .rows are given without data: add evaluation.datasets.NAME.path=FILE, or leave them out")
+            return None
+        return cls(trainer, config, tokenizer, shard)
 
     def due(self, step: int) -> bool:
         return step == self._steps or (bool(self._every) and step % self._every == 0)

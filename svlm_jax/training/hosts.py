@@ -1,19 +1,21 @@
 """Processes that train together: their start, a table of who is there, and checks that fail at once where they are not as asked."""
 
+import functools
 import math
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from svlm_jax.data.batch import Batch
 from svlm_jax.errors import UserError
 from svlm_jax.training.config import HostsConfig
-from svlm_jax.training.placement import Placement
+from svlm_jax.training.placement import ROWS, Placement
 
 
 def start(config: HostsConfig) -> None:
@@ -114,3 +116,22 @@ def totals(*numbers: float) -> list[float]:
 
     halves = np.asarray(numbers, np.float64).view(np.uint32)  # JAX would round float64
     return multihost_utils.process_allgather(halves).view(np.float64).sum(axis=0).tolist()
+
+
+def later_totals(numbers: Sequence[float], placement: Placement) -> Callable[[], list[float]]:
+    """What gives the sum of each number over all processes, in float32.
+
+    It is computed in the devices' order, before what is asked of them afterwards: who looks at it once that is done does not wait.
+    """
+    if jax.process_count() == 1:
+        found = [float(number) for number in numbers]
+        return lambda: found
+    own = np.zeros((placement.row_shards // jax.process_count(), len(numbers)), np.float32)
+    own[0] = numbers
+    whole = _summed(placement.sharding())(jax.make_array_from_process_local_data(placement.sharding(ROWS), own))
+    return lambda: np.asarray(whole.addressable_data(0)).tolist()
+
+
+@functools.cache
+def _summed(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda rows: rows.sum(axis=0), out_shardings=whole)

@@ -44,11 +44,9 @@ class Taken:
     batch: Any  # on the devices
     place: dict[str, Any]  # in the data, behind this batch
     samples: tuple[tuple[str, ...], ...]
-    work: Operations  # of this process's rows
-    tokens: int  # of this process's rows, without padding
+    totals: Callable[[], list[float]]  # over all processes: operations by part, tokens without padding, labels of silent turns
     fill: float  # part of the rows' tokens that are there
     skipped: dict[str, int]  # rows of the data that could not be used so far, by reason
-    silent: int  # labels of silent turns, of this process's rows
     waited: float  # seconds for which the device may have had nothing to do
 
 
@@ -111,8 +109,8 @@ class Feed:
         work = operations(self.trainer.model, rows.batch, set(self.trained))
         silent = turns_of(rows.batch, self.pause).silent_labels
         batch = hosts.put(rows.batch, self.trainer.recipe.placement)
-        place = dict(self.source.get_state())
-        return Taken(step, batch, place, rows.samples, work, tokens, tokens / segments.size, rows.skipped, silent, waited)
+        totals = hosts.later_totals((*dataclasses.astuple(work), tokens, silent), self.trainer.recipe.placement)
+        return Taken(step, batch, dict(self.source.get_state()), rows.samples, totals, tokens / segments.size, rows.skipped, waited)
 
 
 def run(
@@ -188,7 +186,7 @@ def _finish(taken: Taken, metrics: Metrics, trainer: Trainer, report: Report) ->
     """Waits for a step; what is told of it. Raises UserError where its loss or gradients are not finite."""
     found = jax.tree.map(np.asarray, jax.block_until_ready(_local(metrics)))
     seconds = report.clock.lap("steps", waited=taken.waited)
-    *parts, tokens, silent = hosts.totals(*dataclasses.astuple(taken.work), taken.tokens, taken.silent)
+    *parts, tokens, silent = taken.totals()
     work = Operations(*parts)
     best, devices = peak(jax.devices()[0]), jax.device_count()
     shares = None if best is None else {name: part / (seconds * devices * best) for name, part in dataclasses.asdict(work).items()}

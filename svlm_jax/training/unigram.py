@@ -35,10 +35,12 @@ class Unigram:
 def count_labels(config: DataConfig, tokenizer: Tokenizer, vision: VisionConfig, size: int) -> Int[np.ndarray, "V"]:
     """How often each of `size` tokens is a label in the first samples of the training data. No video is opened."""
     sources = {name: open_source(dataset) for name, dataset in config.datasets.items()}
-    order = sample_order(config, {name: len(source.rows) for name, source in sources.items()})
+    lengths = {name: len(source.rows) for name, source in sources.items()}
+    order = sample_order(config, lengths)
+    mixed = any(dataset.weight is not None for dataset in config.datasets.values())  # else an epoch has every row once
     layout, side = PromptLayout.from_tokenizer(tokenizer), vision.merged_patch_size
     counts = np.zeros(size, np.int64)
-    for number in range(min(COUNTED, len(order))):
+    for number in range(COUNTED if mixed else min(COUNTED, sum(lengths.values()))):
         name, row = order[number]  # type: ignore[misc]
         try:
             clip = sources[name].annotation(row)
