@@ -25,20 +25,25 @@ from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.model.qwen_vl import init_params
 from svlm_jax.sharding import make_mesh, param_shardings, replicated_axes
 from svlm_jax.tokenizer import Tokenizer
-from svlm_jax.training import hosts
+from svlm_jax.training import hosts, sinks
 from svlm_jax.training.attention import Job, choose
 from svlm_jax.training.checkpoint import Checkpoints, describe
 from svlm_jax.training.config import RunConfig, as_json, resolve
+from svlm_jax.training.evaluation import Evaluator
 from svlm_jax.training.forward import Recipe
+from svlm_jax.training.goodput import process_start
 from svlm_jax.training.loop import run
 from svlm_jax.training.placement import Placement
+from svlm_jax.training.plots import plot
 from svlm_jax.training.report import Report
 from svlm_jax.training.step import Trainer, TrainState
+from svlm_jax.training.turns import silence
 
 
 def train(config: RunConfig) -> TrainState:
     """The state after the last step."""
     # Hosts
+    sinks.require(config.report)
     hosts.start(config.hosts)
     chief = jax.process_index() == 0
     print(hosts.table(), file=sys.stderr)
@@ -55,12 +60,14 @@ def train(config: RunConfig) -> TrainState:
         print(f"stays whole: {line}", file=sys.stderr)
 
     # Data
-    batches = iter(make_batches(config.data, tokenizer, model.vision, shard=hosts.shard(mesh), workers=config.workers))
+    shard = hosts.shard(mesh)
+    batches = iter(make_batches(config.data, tokenizer, model.vision, shard=shard, workers=config.workers, go_on=shard[1] > 1))
 
     # Step
     trainer = Trainer(model, config.step, make_recipe(config, model, mesh), config.steps)
     for line in trainer.recipe.attention.rejected:
         print(f"attention {line}", file=sys.stderr)
+    evaluator = Evaluator.of(trainer, config, tokenizer, shard)
 
     # State
     out = Path(config.out)
@@ -78,10 +85,15 @@ def train(config: RunConfig) -> TrainState:
         describe(out, model, folder, words, config.step.dtype)
 
     # Loop
-    report = Report(out / "metrics.jsonl" if chief else None, after=step or 0, steps=config.steps)
+    metrics, after = out / "metrics.jsonl", step or 0
+    others = sinks.open_sinks(config, out, after) if chief else ()
+    report = Report(metrics if chief else None, after=after, steps=config.steps, sinks=others, began=process_start())
     try:
-        state, why = run(state, trainer, batches, checkpoints, report, config)
+        state, why = run(state, trainer, batches, checkpoints, report, config, pause=silence(tokenizer), evaluator=evaluator)
         report.say(why)
+        report.say(str(report.clock))
+        if chief and plot(metrics, out / "plots.png"):
+            report.say(f"plots: {out / 'plots.png'}")
     finally:
         report.close()
         batches.close()

@@ -136,6 +136,15 @@ def test_what_is_wrong_with_a_run(plain, adapted, tmp_path):
         load(alone)
 
 
+def test_the_last_checkpoints_are_kept_and_every_so_many(plain, tmp_path):
+    _, _, state = plain
+    checkpoints = Checkpoints.open(tmp_path, CheckpointConfig(keep=2, keep_every=3))
+    for step in range(1, 9):
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+    assert sorted(int(each.name) for each in tmp_path.iterdir()) == [3, 6, 7, 8]
+
+
 def test_a_model_of_random_weights_is_described(tmp_path):
     from svlm_jax.demo.make_tiny import tiny_path
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,33 +10,52 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import packed
 import pytest
 import small_training
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import kills
+from kills import checkpoints, course, kill_in_a_save, records, resumed_after
+
+from svlm_jax.configs.sft_tiny import annotations
 from svlm_jax.configs.sft_tiny import config as sft_tiny
 from svlm_jax.data.batch import IGNORED
 from svlm_jax.errors import UserError
+from svlm_jax.training import hosts
 from svlm_jax.training.checkpoint import restore_params
-from svlm_jax.training.config import MeshConfig, as_json, override, resolve
+from svlm_jax.training.config import HostsConfig, MeshConfig, as_json, override, resolve
 from svlm_jax.training.flops import operations
-from svlm_jax.training.report import Report
 
-SCRIPT = Path(__file__).parent.parent / "train.py"
 STEPS = 8
 
 
 def start(out: Path, *overrides: str) -> subprocess.Popen:
-    """The tiny preset, saved at every second step. Runs share what they compiled."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, str(SCRIPT), "sft_tiny", f"out={out}", f"steps={STEPS}", "checkpoint.every=2", *overrides]
-    return subprocess.Popen(command, env={**os.environ, **cache}, stderr=subprocess.PIPE, text=True)
+    """The tiny preset, saved at every second step."""
+    return kills.start(out, f"steps={STEPS}", "checkpoint.every=2", *overrides)
 
 
-def records(out: Path) -> list[dict]:
-    file = out / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+def asked(count: int) -> list[str]:
+    """The settings of `count` processes that train as one."""
+    with socket.socket() as port:
+        port.bind(("localhost", 0))
+        address = f"localhost:{port.getsockname()[1]}"
+    return [f"hosts.count={count}", f"hosts.coordinator={address}"]
+
+
+def held(out: Path) -> list[str]:
+    """Held-out data: the preset's own, which is enough to see that nothing else changes."""
+    return [f"evaluation.datasets.held.path={annotations(out.parent)}", "evaluation.every=3"]
+
+
+def ended(*runs: subprocess.Popen) -> str:
+    """What the first of these runs said, all having ended well."""
+    told = [run.communicate(timeout=600)[1] for run in runs]
+    assert not any(run.returncode for run in runs), told
+    return told[0]
 
 
 def wait_for(run: subprocess.Popen, out: Path, step: int) -> None:
@@ -45,45 +64,92 @@ def wait_for(run: subprocess.Popen, out: Path, step: int) -> None:
     assert run.poll() is None, run.communicate()[1]
 
 
-def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run = start(whole)
-    told = run.communicate(timeout=600)[1]
-    assert run.returncode == 0, told
-    wanted = {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(whole)}
-    assert list(wanted) == list(range(1, STEPS + 1))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs, evaluated on the way."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    told = ended(start(out, "report.tensorboard=true", *held(out)))
+    assert [record["step"] for record in records(out) if "eval_loss" in record] == [3, 6, 8]
+    assert list(course(out)) == list(range(1, STEPS + 1)) and "goodput" in told
+    assert any((out / "tensorboard").iterdir())
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["steps"] == STEPS and saved["checkpoint"]["every"] == 2
+    return out
 
+
+def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(whole):
+    """These are not evaluated: that must change nothing."""
+    parts = whole.with_name("parts")
     run = start(parts)
-    wait_for(run, parts, 4)  # while step 4 is being saved, or just after
+    assert kill_in_a_save(run, parts, 2, 0.0), run.communicate()[1]
+    run.communicate()
+    assert checkpoints(parts) == ([2], ["4.orbax-checkpoint-tmp"])  # one is half written
+    run = start(parts)
+    time.sleep(2)  # in its start
     run.kill()
     run.communicate()
     run = start(parts)
     wait_for(run, parts, 6)
     run.send_signal(signal.SIGTERM)
-    told = run.communicate(timeout=600)[1]
-    assert run.returncode == 0 and "it was told to end at step" in told, told
+    told = ended(run)
+    assert resumed_after(told) == 2
     last = records(parts)[-1]["step"]
     assert f"told to end at step {last}" in told
-    run = start(parts)
-    told = run.communicate(timeout=600)[1]
-    assert run.returncode == 0 and f"goes on after step {last}" in told, told
-    assert {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(parts)} == wanted
+    told = ended(start(parts))
+    assert resumed_after(told) == last and course(parts) == course(whole)
+    assert records(parts)[-1]["spent"]["restarts"] > 0 and "restarts" in told
 
     ours, theirs = restore_params(whole / "checkpoints"), restore_params(parts / "checkpoints")
     assert set(ours) == {"text", "vision"} and ours["vision"]["blocks"][0]["qkv"].ndim == 4
     np.testing.assert_array_equal(ours["text"]["layers"]["qkv"], theirs["text"]["layers"]["qkv"])
-    saved = json.loads((whole / "config.json").read_text())
-    assert saved["steps"] == STEPS and saved["checkpoint"]["every"] == 2
+
+
+def test_two_processes_compute_what_one_does_and_one_goes_on(whole):
+    """One of the two is told to end in its start, and both do, at one step. They go on to the end; a single process takes the last steps again."""
+    out = whole.with_name("two")
+
+    def both() -> list[subprocess.Popen]:
+        two = asked(2)
+        return [start(out, *two, *held(out), f"hosts.index={index}") for index in range(2)]
+
+    runs = both()
+    while not (out / "config.json").exists() and runs[1].poll() is None:
+        time.sleep(0.02)
+    runs[1].send_signal(signal.SIGTERM)
+    told = ended(*runs)
+    last = records(out)[-1]["step"]
+    assert f"told to end at step {last}" in told and checkpoints(out)[0][-1] == last < STEPS
+    assert [line.split()[:2] for line in told.splitlines() if line[:7].strip() in ("0", "1")] == [["0", "1"], ["1", "1"]]  # processes, devices
+    assert resumed_after(ended(*both())) == last
+    compare(out, whole)
+    shutil.rmtree(out / "checkpoints" / str(STEPS))
+    assert resumed_after(ended(start(out, *held(out)))) == STEPS - 2
+    compare(out, whole)
+
+
+def compare(out: Path, whole: Path) -> None:
+    """The course of a run against that of one process: sums are taken in another order, and all else is the same."""
+    ours, theirs = course(out), course(whole)
+    assert list(ours) == list(theirs)
+    for step, (loss, norm, accuracy, labels) in theirs.items():
+        np.testing.assert_allclose(ours[step][:2], (loss, norm), rtol=1e-5)
+        assert ours[step][2:] == (pytest.approx(accuracy, abs=1.5 / labels), labels)
+    exact = [[(record["tokens"], record["silence"], record.get("eval_labels")) for record in records(run)] for run in (out, whole)]
+    assert exact[0] == exact[1]
+    evaluated = [[record["eval_loss"] for record in records(run) if "eval_loss" in record] for run in (out, whole)]
+    np.testing.assert_allclose(*evaluated, rtol=1e-5)
 
 
 def test_fewer_processes_than_asked_for_say_so(tmp_path):
-    port = socket.socket()
-    port.bind(("localhost", 0))
-    address = f"localhost:{port.getsockname()[1]}"
-    port.close()
-    run = start(tmp_path / "alone", "hosts.count=2", f"hosts.coordinator={address}", "hosts.index=0", "hosts.timeout=3")
+    run = start(tmp_path / "alone", *asked(2), "hosts.index=0", "hosts.timeout=3")
     told = run.communicate(timeout=300)[1]
     assert run.returncode == 1 and "svlm: 2 processes did not find each other within 3 s: start all of them" in told, told
+
+
+def test_more_processes_than_asked_for_say_so(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^hosts.count = 1, but 2 processes are here: start as many as asked, or ask for these$"):
+        hosts.start(HostsConfig())
 
 
 def test_settings_by_name(tmp_path):
@@ -153,13 +219,3 @@ def test_operations_are_those_of_what_is_there():
     assert found.vision == 2 * (2 * patches * (2 * block + v.patch_features * 32) + 2 * 6 * merger + 2 * attention)
     frozen = operations(model, packed.pack(model, [[chunk]], tokens=64, bins=1, windows=2), {"text.layers.qkv.lora_a"})
     assert frozen.decoder == found.decoder / 3 and frozen.attention == found.attention / 2
-
-
-def test_a_report_goes_on_behind_the_checkpoint(tmp_path, capsys):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    report = Report(file, after=2, steps=9)
-    report.write({"step": 3, "loss": 1.5, "tokens_per_second": 1e4, "step_ms": 6e5, "data_wait": 0.25, "mfu": 0.5})
-    report.close()
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
-    assert capsys.readouterr().err == "step 3/9  loss 1.5000  10,000 tokens/s  data wait 25%  MFU 50.0%  ETA 1:00:00\n"

@@ -288,6 +288,7 @@ def make_batches(
     shard: tuple[int, int] = (0, 1),
     workers: Workers | None = None,
     go_on: bool = False,
+    at_most: int | None = None,
 ) -> grain.IterDataset:
     """Batches of `rows` rows. Elements are `Rows`; `iter` gives an iterator that can be saved and resumed.
 
@@ -295,6 +296,7 @@ def make_batches(
       shard: (this host, hosts): it gets a run of `rows` / hosts rows of each batch, in order.
       go_on: batches of padding without end behind the last epoch. Hosts run dry one by one, and all must take part in every step: let
         each go on until none of them has a sample.
+      at_most: samples of an epoch, evenly spread over it; the others are left out.
 
     Raises:
       UserError: where a data set cannot be opened, or where the lanes cannot be shared by the hosts.
@@ -305,7 +307,10 @@ def make_batches(
     grain.config.update("py_traceback_filtering", "off")  # it adds notes to exceptions
     sources = {name: open_source(dataset) for name, dataset in config.datasets.items()}
     lengths = {name: len(source.rows) for name, source in sources.items()}
-    samples = sample_order(config, lengths).map(SampleLoader(sources, config.loader, tokenizer, vision))
+    order = sample_order(config, lengths)
+    if at_most is not None and len(order) > at_most:
+        order = order[:: -(-len(order) // at_most)]
+    samples = order.map(SampleLoader(sources, config.loader, tokenizer, vision))
     batches = PackedBatches(samples, config, vision, sources, shard, workers, go_on)
     if not workers.batches_ahead:
         return batches

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.configs.models import MODELS
-from svlm_jax.data.pipeline import DataConfig, Workers
+from svlm_jax.data.pipeline import DataConfig, DatasetConfig, Workers
 from svlm_jax.errors import UserError
 from svlm_jax.sharding import MESH_AXES
 from svlm_jax.training.remat import check_policy
@@ -56,6 +56,27 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out data, evaluated after the last step and, if so told, on the way. Laid out and packed as the training data are."""
+
+    datasets: Mapping[str, DatasetConfig] = dataclasses.field(default_factory=dict)  # none: no evaluation
+    every: int = 0  # steps; 0: after the last one only
+    rows: int = 0  # of the data sets at most, evenly spread; 0: all
+
+    def __post_init__(self):
+        if min(self.every, self.rows) < 0:
+            raise UserError(f"evaluation.every {self.every} and .rows {self.rows} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Where the numbers go besides `metrics.jsonl`."""
+
+    tensorboard: bool = False  # event files in out/tensorboard
+    wandb: str = ""  # the name of a project there
+
+
+@dataclasses.dataclass(frozen=True)
 class HostsConfig:
     """Processes that train together. On TPU pods and under Slurm `count` is enough: who is who is known there."""
 
@@ -83,7 +104,9 @@ class RunConfig:
     remat: str = "gate_up"  # of decoder layers; `training.remat` lists the names
     vision_remat: str = "full"  # of vision blocks, where they are trained
     max_segments: int = 16  # chunks of one row at most
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     profile_steps: str = ""  # `10:13` writes a trace of steps 10, 11 and 12 into out/profile
 
     def __post_init__(self):
@@ -138,8 +161,6 @@ def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
     if isinstance(node, Mapping):  # data sets by name: a new one begins with its path
         inner = node.get(name)
         if inner is None:
-            from svlm_jax.data.pipeline import DatasetConfig
-
             if rest != ["path"]:
                 raise UserError(f"{key}: there is no data set {name!r}: begin with {key.rsplit('.', 1)[0]}.path=FILE")
             return {**node, name: DatasetConfig(text)}

@@ -1,19 +1,21 @@
 """Processes that train together: their start, a table of who is there, and checks that fail at once where they are not as asked."""
 
+import functools
 import math
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from svlm_jax.data.batch import Batch
 from svlm_jax.errors import UserError
 from svlm_jax.training.config import HostsConfig
-from svlm_jax.training.placement import Placement
+from svlm_jax.training.placement import ROWS, Placement
 
 
 def start(config: HostsConfig) -> None:
@@ -86,19 +88,50 @@ def put(batch: Batch, placement: Placement) -> Batch:
     )
 
 
+def own_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is cut over rows alone, in order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def stop_asked(step: int, signalled: bool) -> bool:
-    """Whether any process was told to end: the same answer in all of them."""
+    """Whether to end at this step. Of several processes, whether any was told to: all get the same answer at the same step."""
     if jax.process_count() == 1:
         return signalled
     from jax.experimental import multihost_utils
 
-    return signalled or multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def total(number: float) -> float:
     """The sum over all processes."""
+    return totals(number)[0]
+
+
+def totals(*numbers: float) -> list[float]:
+    """The sum of each number over all processes, in float64."""
     if jax.process_count() == 1:
-        return number
+        return [float(number) for number in numbers]
     from jax.experimental import multihost_utils
 
-    return float(multihost_utils.process_allgather(np.asarray(number, np.float64)).sum())
+    halves = np.asarray(numbers, np.float64).view(np.uint32)  # JAX would round float64
+    return multihost_utils.process_allgather(halves).view(np.float64).sum(axis=0).tolist()
+
+
+def later_totals(numbers: Sequence[float], placement: Placement) -> Callable[[], list[float]]:
+    """What gives the sum of each number over all processes, in float32.
+
+    It is computed in the devices' order, before what is asked of them afterwards: who looks at it once that is done does not wait.
+    """
+    if jax.process_count() == 1:
+        found = [float(number) for number in numbers]
+        return lambda: found
+    own = np.zeros((placement.row_shards // jax.process_count(), len(numbers)), np.float32)
+    own[0] = numbers
+    whole = _summed(placement.sharding())(jax.make_array_from_process_local_data(placement.sharding(ROWS), own))
+    return lambda: np.asarray(whole.addressable_data(0)).tolist()
+
+
+@functools.cache
+def _summed(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda rows: rows.sum(axis=0), out_shardings=whole)

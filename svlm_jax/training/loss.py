@@ -52,6 +52,50 @@ def plain_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch) -> tuple[F
     return loss, sums
 
 
+def _pieces(batch: Batch, chunk: int) -> tuple[Int[Array, "B T"], Any]:
+    """(order of a row's tokens, (order, targets, whether asked) in pieces [n, B, chunk]).
+
+    Labelled tokens of each row come first, in order: the pieces behind the longest row's last ask for nothing.
+    """
+    targets, asked = targets_of(batch)
+    order = jnp.argsort(~asked, axis=1, stable=True)
+    length = order.shape[1]
+    padded = jnp.pad(order, [(0, 0), (0, -length % chunk)])
+    asked = jnp.pad(jnp.take_along_axis(asked, order, 1), [(0, 0), (0, -length % chunk)])
+    targets = jnp.take_along_axis(targets, padded, 1)
+    return order, tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (padded, targets, asked))
+
+
+def token_losses(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk: int) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """(loss of each label in nats, 0 where there is none; the token that the largest logit names), both where the label stands.
+
+    Not for the backward pass. `x` and `chunk` are those of `chunked_loss`.
+    """
+    with jax.named_scope("loss"):
+        order, pieces = _pieces(batch, chunk)
+
+        def some(places: Array, targets: Array, asked: Array) -> tuple[Array, Array]:
+            logits = text.logits(jnp.take_along_axis(x, places[..., None], 1))
+            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            loss = jnp.where(asked, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+            return loss.astype(jnp.float32), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        def nothing(places: Array, targets: Array, asked: Array) -> tuple[Array, Array]:
+            return jnp.zeros(places.shape, jnp.float32), jnp.zeros(places.shape, jnp.int32)
+
+        def step(_: None, piece: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            return None, jax.lax.cond(jnp.any(piece[2]), some, nothing, *piece)
+
+        _, found = jax.lax.scan(step, None, pieces)
+        back = jnp.argsort(order, axis=1)
+
+        def placed(values: Array) -> Array:
+            rows = values.swapaxes(0, 1).reshape(order.shape[0], -1)[:, : order.shape[1]]
+            return jnp.roll(jnp.take_along_axis(rows, back, 1), 1, axis=1)  # a token's prediction is that of the token behind it
+
+        return placed(found[0]), placed(found[1])
+
+
 def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk: int) -> tuple[Float[Array, ""], Sums]:
     """The sum of the labels' losses, and all sums, of the decoder's last layer's output `x`.
 
@@ -59,14 +103,7 @@ def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk
       chunk: tokens of each row that go through the head at once; their logits, [B, chunk, V] in float32, are what it costs.
     """
     with jax.named_scope("loss"):
-        targets, asked = targets_of(batch)
-        # Labelled tokens of each row first, in order: the chunks behind the longest row's last are skipped
-        order = jnp.argsort(~asked, axis=1, stable=True)
-        missing = -order.shape[1] % chunk
-        order = jnp.pad(order, [(0, 0), (0, missing)])
-        asked = jnp.pad(jnp.take_along_axis(asked, order[:, : x.shape[1]], 1), [(0, 0), (0, missing)])
-        targets = jnp.take_along_axis(targets, order, 1)
-        pieces: Any = tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (order, targets, asked))
+        _, pieces = _pieces(batch, chunk)
 
         def some(places: Array, targets: Array, asked: Array) -> tuple[Sums, Array]:
             return _of_logits(text.logits(jnp.take_along_axis(x, places[..., None], 1)), targets, asked)

@@ -15,8 +15,9 @@ from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, logical_axes
 from svlm_jax.training.forward import Recipe, hidden_states
 from svlm_jax.training.lora import LoraConfig, adapter_axes, adapters_of, init_adapters
-from svlm_jax.training.loss import Sums, chunked_loss
+from svlm_jax.training.loss import Sums, chunked_loss, token_losses
 from svlm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
+from svlm_jax.training.placement import ROWS
 from svlm_jax.training.trainable import Flat, flatten, split, unflatten
 from svlm_jax.types import Array, Bool, Float, Int
 
@@ -147,8 +148,7 @@ class Trainer:
         if count == 1:
             total, sums = part(batch)
         else:
-            # Every count-th row, so that each device's rows stay where they are
-            micros = jax.tree.map(lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch)
+            micros = self._micros(batch)
             zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), used)
             zero = jax.lax.with_sharding_constraint(zero, self._trained_shardings(used))
 
@@ -196,6 +196,28 @@ class Trainer:
             return jnp.zeros((), bool)
         limit = history.mean(axis=1) + self.config.spike_deviations * history.std(axis=1)
         return jnp.any(found > limit)
+
+    def evaluated(self, batch: Batch) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
+        """The jitted function of a state and a batch shaped like this one: `loss.token_losses`, cut over rows alone. Nothing is donated."""
+        count, place = self.config.accumulate, self.recipe.placement
+
+        def part(state: TrainState, micro: Batch) -> tuple[Array, Array]:
+            adapters, weights = adapters_of(self.used(state.trained) | state.frozen, self.config.lora)
+            model, x = hidden_states(unflatten(weights), self.model, micro, self.recipe, adapters)
+            return token_losses(model.text, x, micro, chunk=self.config.loss_chunk)
+
+        def whole(state: TrainState, batch: Batch) -> tuple[Array, Array]:
+            if count == 1:
+                return part(state, batch)
+            found = jax.lax.map(lambda micro: part(state, jax.lax.with_sharding_constraint(micro, place.batch(micro))), self._micros(batch))
+            return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, a.shape[-1]), found)
+
+        return jax.jit(whole, in_shardings=(self.shardings(), place.batch(batch)), out_shardings=place.sharding(ROWS))
+
+    def _micros(self, batch: Batch) -> Batch:
+        """Micro-batches [accumulate, B, ...] of every `accumulate`-th row, so that each device's rows stay where they are."""
+        count = self.config.accumulate
+        return jax.tree.map(lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def compiled(self, batch: Batch) -> jax.stages.Compiled:
         """The step for batches like this one (arrays or shapes), ahead of time: the state is donated."""
