@@ -131,9 +131,11 @@ def _finish(taken: Taken, metrics: Metrics, trainer: Trainer, report: Report, be
     found = jax.tree.map(np.asarray, jax.block_until_ready(_local(metrics)))
     now = time.perf_counter()
     seconds = now - before
-    work = Operations(*(hosts.total(part) for part in dataclasses.astuple(taken.work)))
+    mesh: Any = trainer.recipe.placement.mesh
+    copies = hosts.copies(mesh)
+    work = Operations(*(hosts.total(part / copies) for part in dataclasses.astuple(taken.work)))
     best, devices = peak(jax.devices()[0]), jax.device_count()
-    tokens = hosts.total(taken.tokens)
+    tokens = hosts.total(taken.tokens / copies)
     record = {
         "step": taken.step,
         "loss": float(found.loss),
@@ -154,8 +156,8 @@ def _finish(taken: Taken, metrics: Metrics, trainer: Trainer, report: Report, be
     }
     if not found.finite:
         rows = [i for i, loss in enumerate(found.row_loss) if not np.isfinite(loss)]
-        first = jax.process_index() * len(taken.samples)
-        names = [", ".join(taken.samples[i - first]) for i in rows if 0 <= i - first < len(taken.samples)]
+        own = dict(zip(hosts.row_numbers(mesh, len(taken.samples)), taken.samples, strict=True))
+        names = [", ".join(own[i]) for i in rows if i in own]
         where = f"in samples {'; '.join(names)}" if names else "in the gradients, no row's loss alone" if not rows else f"in rows {rows}"
         raise UserError(f"step {taken.step}: loss or gradients are not finite, {where}: go on from an earlier checkpoint with other settings or data")
     report.write(record)
