@@ -15,6 +15,7 @@ from svlm_jax.errors import UserError
 COMMANDS = {  # each a module of svlm_jax.commands, imported only when it is called
     "caption": "comment on a video, on the terminal and in caption files",
     "bench": "measure how fast this device is",
+    "plan": "say what a run takes of TPUs or GPUs that are not here",
     "data": "look at training data and prepare it",
     "convert": "convert a checkpoint: Hugging Face to Orbax and back, or to another dtype",
     "inspect": "say what a checkpoint is: family, sizes, dtypes, files",
