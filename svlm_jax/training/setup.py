@@ -1,6 +1,7 @@
 """From a run's settings to its trainer: what `train.py` and `svlm plan` share."""
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from svlm_jax.config import ModelConfig
 from svlm_jax.data.batch import Batch
@@ -14,7 +15,7 @@ from svlm_jax.training.placement import Placement
 from svlm_jax.training.step import Trainer
 
 
-def make_trainer(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh, platform: str) -> Trainer:
+def make_trainer(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, platform: str) -> Trainer:
     """The trainer of a run on this mesh, of devices of `platform` ("cpu", "gpu" or "tpu")."""
     job = Job(model, mesh, platform, config.data.shape.tokens, config.max_segments, config.step.dtype)
     unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
