@@ -45,18 +45,18 @@ class Layout:
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "stage1": {
         "h100x8": Layout("h100:8", 1, MeshConfig(fsdp=8), "gate_up"),
-        "v5e_256": Layout("v5e-256", 64, MeshConfig(data=4, fsdp=64), "full"),
-        "v5p_128": Layout("v5p-128", 16, MeshConfig(fsdp=64), "products"),
-        "v6e_64": Layout("v6e-64", 16, MeshConfig(fsdp=64), "gate_up"),
+        "v5e_256": Layout("v5e-256", 64, MeshConfig(data=8, fsdp=32), "full"),
+        "v5p_128": Layout("v5p-128", 16, MeshConfig(data=2, fsdp=32), "products"),
+        "v6e_64": Layout("v6e-64", 16, MeshConfig(data=2, fsdp=32), "gate_up"),
     },
     "stage2": {
         "h100x8": Layout("h100:8", 1, MeshConfig(fsdp=8), "full"),
         "v5e_256": Layout("v5e-256", 64, MeshConfig(data=2, fsdp=32, sequence=4), "full"),
-        "v5p_128": Layout("v5p-128", 16, MeshConfig(fsdp=64), "gate_up"),
+        "v5p_128": Layout("v5p-128", 16, MeshConfig(data=2, fsdp=32), "gate_up"),
         "v6e_64": Layout("v6e-64", 16, MeshConfig(fsdp=32, sequence=2), "full"),
     },
 }
-LARGE = {"v5p_512": Layout("v5p-512", 64, MeshConfig(fsdp=256), "full")}  # of the 72B model
+LARGE = {"v5p_512": Layout("v5p-512", 64, MeshConfig(data=4, fsdp=64), "full")}  # of the 72B model
 
 
 def _datasets(stage: str) -> dict[str, DatasetConfig]:

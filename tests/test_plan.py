@@ -163,7 +163,7 @@ def one_mesh():
 
 
 def test_too_little_memory_is_told_with_what_to_change(monkeypatch, capsys, tmp_path):
-    def refuse(lowered):
+    def refuse(lowered, platform):
         raise compiling.DoesNotFit(45 << 30, 16 << 30)
 
     file = tmp_path / "plan.json"

@@ -19,6 +19,8 @@ SETTINGS = {  # for the environment, before JAX is imported
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor is there a chip that two processes could fight for
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Where there is no GPU nothing can be timed: products are cuBLAS's, as its heuristics choose them
+OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "": 1}
 _AMOUNT = r"([\d.]+)\s*([KMGT]i?B?|)\b"
 
@@ -68,7 +70,10 @@ def devices(topology: Topology) -> list[Any]:
                 raise UserError(f"there is no topology {topology.name} for the compiler ({reason}): try another shape") from error
     if not any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")):
         raise UserError('the compiler for NVIDIA GPUs is not installed: pip install "jax[cuda13]" (no GPU and no driver is needed)')
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()  # there is nothing to time on
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    # JAX asks the devices that are here; those that are compiled for have compute capability 9.0
+    cudnn.check_compute_capability = lambda capability: tuple(map(int, capability.split("."))) <= (9, 0)
     target = resources.files("svlm_jax.planning").joinpath(f"{topology.chip.name}.txtpb").read_text()
     return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{topology.count}").devices)
 
@@ -87,12 +92,12 @@ def _without_remarks() -> Iterator[None]:
         os.close(nowhere)
 
 
-def compiled(lowered: Any) -> Any:
-    """`lowered.compile()`. DoesNotFit where the compiler finds no room; UserError with its first line for what else it refuses."""
+def compiled(lowered: Any, platform: str) -> Any:
+    """The program for devices of a chip's platform. DoesNotFit where the compiler finds no room; UserError with its first line for what else it refuses."""
     import jax
 
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:
         found = out_of_memory(str(error))
         if found:

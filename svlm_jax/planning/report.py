@@ -117,7 +117,9 @@ def _operations(planned: Planned) -> list[str]:
         f"  operations of one chip, in units of 1e12: {done.total / chips / 1e12:,.1f} ({parts}), with what is computed again "
         f"{planned.work.executed / 1e12:,.1f}",
         f"  bytes that its memory moves, at least: {gb(planned.work.moved)}",
-        f"  by the compiler, each loop's body once: {told['operations'] / 1e12:,.1f}, {gb(told['bytes'])}",
+        f"  by the compiler, each loop's body once: {told['operations'] / 1e12:,.1f}, {gb(told['bytes'])}"
+        if told["operations"]
+        else "  the compiler keeps no count of its own",
     ]
 
 

@@ -121,7 +121,7 @@ def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, st
 def _plan(spec: StreamSpec, name: str, mesh: Mesh, topology: Topology, streams: int) -> Program:
     start = time.perf_counter()
     try:
-        program = compiling.compiled(lower_program(spec, name, mesh, streams=streams))
+        program = compiling.compiled(lower_program(spec, name, mesh, streams=streams), topology.chip.platform)
     except compiling.DoesNotFit as error:
         return Program(name, None, error.needed, error.available, (), {}, time.perf_counter() - start)
     memory, seconds = compiling.memory(program), time.perf_counter() - start

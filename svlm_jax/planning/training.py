@@ -80,7 +80,7 @@ def plan_training(config: RunConfig, topology: Topology) -> Planned:
     start = time.perf_counter()
     memory, sent, told = None, (), {}
     try:
-        program = compiling.compiled(trainer.jitted(shapes).lower(state, placed))
+        program = compiling.compiled(trainer.jitted(shapes).lower(state, placed), topology.chip.platform)
     except compiling.DoesNotFit as error:
         needed, available = error.needed, error.available
     else:
