@@ -1,7 +1,7 @@
 """The published recipe (StreamingVLM, arXiv 2510.09608, section 3) as presets: two stages, by size and layout.
 
-    python train.py stage1_7b_v5e_256 out=gs://BUCKET/stage1 data.datasets.inf_streams.path=... weights=DIR
-    python train.py stage2_7b_v5e_256 out=gs://BUCKET/stage2 data.datasets.clips.path=... weights=gs://BUCKET/stage1
+    python train.py stage1_7b_v5e_256 out=/shared/stage1 data.datasets.inf_streams.path=... weights=DIR
+    python train.py stage2_7b_v5e_256 out=/shared/stage2 data.datasets.clips.path=... weights=DIR
 
 Stage 1 takes Inf-Streams-Train (525 thousand chunks of 24 seconds, listed twice) and Live-WhisperX (526 thousand), stage 2 the 14,786
 high-quality clips of 16 to 64 seconds. Both: 2 frames a second, at most 768 tokens a pair of frames, the first and last 512 tokens of the
@@ -45,7 +45,7 @@ class Layout:
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "stage1": {
         "h100x8": Layout("h100:8", 1, MeshConfig(fsdp=8), "gate_up"),
-        "v5e_256": Layout("v5e-256", 64, MeshConfig(data=8, fsdp=32), "full"),
+        "v5e_256": Layout("v5e-256", 64, MeshConfig(data=4, fsdp=64), "full"),
         "v5p_128": Layout("v5p-128", 16, MeshConfig(data=2, fsdp=32), "products"),
         "v6e_64": Layout("v6e-64", 16, MeshConfig(data=2, fsdp=32), "gate_up"),
     },

@@ -231,8 +231,8 @@ def test_every_preset_is_whole(name):
 
 
 def test_presets_take_other_paths_and_unknown_ones_are_told():
-    config = resolve("stage2_3b_v6e_64", ["data.datasets.clips.path=gs://bucket/clips.jsonl", "weights=gs://bucket/stage1"])
-    assert config.data.datasets["clips"].path == "gs://bucket/clips.jsonl" and config.weights == "gs://bucket/stage1"
+    config = resolve("stage2_3b_v6e_64", ["data.datasets.clips.path=/mnt/clips.jsonl", "weights=/mnt/stage1"])
+    assert config.data.datasets["clips"].path == "/mnt/clips.jsonl" and config.weights == "/mnt/stage1"
     with pytest.raises(UserError, match="stage1_7b_v5e_256"):
         resolve("stage1_7b_v4", [])
 
