@@ -62,7 +62,10 @@ def test_topologies_that_there_are_not(text, message):
             "exceeds available HBM (15.75G). HLO module: jit_step.",
             (28.92, 15.75),
         ),
-        ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 45.30G of 31.25G hbm. Exceeded by 14G.", (45.3, 31.25)),
+        (
+            "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 45.30G of 31.25G hbm. Exceeded by 14G.",
+            (45.3, 31.25),
+        ),
         ("INTERNAL: Mosaic failed to compile TPU kernel", None),
     ],
 )
@@ -248,7 +251,7 @@ class Device:
 
 def fake_mesh(owners: list[list[int]], data: int, fsdp: int) -> jax.sharding.Mesh:
     """Owners by row shard and by shard of its tokens."""
-    flat = [Device(i, owner) for i, owner in enumerate(sum(owners, []))]
+    flat = [Device(i, owner) for i, owner in enumerate(np.ravel(owners).tolist())]
     devices = np.array(flat, object).reshape(data, fsdp, len(owners[0]), 1)
     return jax.sharding.Mesh(devices, ("data", "fsdp", "sequence", "tensor"))
 

@@ -1,4 +1,4 @@
-"""`svlm plan` with the compiler for TPUs: 7B widths, few layers, a pod's mesh; needs the libtpu package."""
+"""`svlm plan` with the compiler for TPUs: a small model on a slice of two hosts; needs the libtpu package."""
 
 import dataclasses
 import functools
@@ -14,14 +14,15 @@ from svlm_jax.planning import training
 from svlm_jax.planning.chips import parse_topology
 from svlm_jax.training.config import resolve
 
-ROW = ["data.lanes=4", "data.rows=8", "step.accumulate=1", "data.shape.tokens=4096", "data.shape.bins=4", "remat=full"]
+ROW = ["data.lanes=4", "data.rows=8", "step.accumulate=1", "data.shape.tokens=640", "data.shape.bins=2", "remat=full"]
 
 
 def cut() -> models.ModelConfig:
-    """7B widths, two layers and two blocks."""
+    """The 7B model made narrow: two layers, one block; what fsdp leaves of a width is whole tiles as in the presets."""
     model = models.qwen2_5_vl_7b()
-    text = dataclasses.replace(model.text, num_hidden_layers=2)
-    return dataclasses.replace(model, text=text, vision=dataclasses.replace(model.vision, depth=2, fullatt_block_indexes=(1,)))
+    narrow = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 4096}
+    vision = dataclasses.replace(model.vision, depth=1, fullatt_block_indexes=(0,), out_hidden_size=1024)
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, **narrow), vision=vision)
 
 
 @functools.cache
@@ -36,24 +37,29 @@ def test_a_step_on_a_slice_of_two_hosts():
     assert found.fits and found.hosts == 2 and found.trainer.recipe.attention.name == "splash"
     assert found.memory is not None
     parts = sum(found.parts.values())
-    assert parts <= found.memory.arguments < 1.02 * parts  # nothing is padded, nothing is kept twice
+    assert parts <= found.memory.arguments < 1.05 * parts  # little is padded, nothing is kept twice
     assert found.memory.results < 0.01 * parts  # the donated state is written in place
 
 
 def test_weights_are_gathered_a_layer_at_a_time_and_gradients_scattered():
     found = planned()
-    layer = 2 * sum(leaf.size for path, leaf in found.trainer.abstract_state().trained.items() if path.startswith("text.layers."))
+    state = found.trainer.abstract_state()
+    layers, once = 0, 0  # bytes in bfloat16, as they are gathered
+    for path, leaf in (state.trained | state.frozen).items():
+        if "fsdp" in leaf.sharding.spec:
+            layers += 2 * leaf.size * path.startswith("text.layers.")
+            once += 2 * leaf.size * (not path.startswith("text.layers."))
     sent = {one.kind: one.moved for one in found.sent}
-    ends = 2 * 2 * 152_064 * 3584
-    # Both passes gather each layer, and embedding and head are gathered once; the small vision tower comes on top
-    assert sent["all-gather"] == pytest.approx(7 / 8 * (2 * layer + ends), rel=0.05)
+    # Both passes gather each layer; embedding, head and vision tower are gathered once
+    assert sent["all-gather"] == pytest.approx(7 / 8 * (2 * layers + once), rel=0.05)
     # Reduced everywhere, the layers' gradients alone would be twice their bytes
-    assert sent.get("all-reduce", 0) < 0.1 * 2 * 7 / 8 * layer, sent
+    assert sent.get("all-reduce", 0) < 0.1 * 2 * 7 / 8 * layers, sent
 
 
 def test_a_model_that_does_not_fit_says_so_in_a_line(capsys, tmp_path):
     file = tmp_path / "plan.json"
-    assert cli.run(["plan", "stage1_7b_v5e_256", "--topology", "v5e:2x2", "--mesh", "fsdp=-1", "--json", str(file), *ROW, "remat=nothing"]) == 1
+    long = ["data.shape.tokens=8192", "remat=nothing", "--json", str(file)]
+    assert cli.run(["plan", "stage1_7b_v5e_256", "--topology", "v5e:2x2", "--mesh", "fsdp=-1", *ROW, *long]) == 1
     told = capsys.readouterr().out
     assert "does not fit: needs" in told and "of 16.9 GB" in told and "change: " in told
     found = json.loads(file.read_text())

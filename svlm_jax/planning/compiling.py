@@ -93,7 +93,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def compiled(lowered: Any, platform: str) -> Any:
-    """The program for devices of a chip's platform. DoesNotFit where the compiler finds no room; UserError with its first line for what else it refuses."""
+    """The program for devices of a chip's platform. DoesNotFit where the compiler finds no room; UserError where it refuses otherwise."""
     import jax
 
     try:
