@@ -1,4 +1,4 @@
-"""The published recipe (StreamingVLM, arXiv 2510.09608, section 3) as presets: two stages, by size and layout.
+"""The published recipe (StreamingVLM, arXiv 2510.09608, section 3) as presets: two stages, by size and hardware.
 
     python train.py stage1_7b_v5e_256 out=/shared/stage1 data.datasets.inf_streams.path=... weights=DIR
     python train.py stage2_7b_v5e_256 out=/shared/stage2 data.datasets.clips.path=... weights=DIR
@@ -8,7 +8,11 @@ high-quality clips of 16 to 64 seconds. Both: 2 frames a second, at most 768 tok
 previous text, vision tower frozen, AdamW at 1e-5, cosine after 3% of warm-up, one epoch of batches of 512 rows. A row has room for one sample of 720p
 video, so that a batch is 512 samples, and more of smaller ones. All hardware sees the same rows in the same order.
 
-The names are STAGE_SIZE_HARDWARE; `PRESETS` has them all, with what `svlm plan` says of those that were planned.
+The names are STAGE_SIZE_HARDWARE. `svlm plan NAME` gives what each takes of a chip, the least time of a step and the MFU at that; of those below
+that was done with all weights trained, moments in float32, and rows full of one sample. The others are as yet untried.
+
+    v5p_128      stage1_7b     79.5 of 102.0 GB    20.3 s, 100%    benchmarks/plan_stage1_7b_v5p_128.json
+    v5p_512      stage1_72b    67.1 of 102.0 GB    60.2 s, 75%     benchmarks/plan_stage1_72b_v5p_512.json
 """
 
 import dataclasses
@@ -47,7 +51,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "h100x8": Layout("h100:8", 1, MeshConfig(fsdp=8), "gate_up"),
         "v5e_256": Layout("v5e-256", 64, MeshConfig(data=4, fsdp=64), "full"),
         "v5p_128": Layout("v5p-128", 16, MeshConfig(data=2, fsdp=32), "products"),
-        "v6e_64": Layout("v6e-64", 16, MeshConfig(data=2, fsdp=32), "gate_up"),
+        "v6e_64": Layout("v6e-64", 16, MeshConfig(data=2, fsdp=32), "full"),
     },
     "stage2": {
         "h100x8": Layout("h100:8", 1, MeshConfig(fsdp=8), "full"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 from svlm_jax import cli
+from svlm_jax.configs import recipes
 from svlm_jax.configs.recipes import PRESETS, ROWS, TOPOLOGIES
 from svlm_jax.errors import UserError
-from svlm_jax.planning import compiling, training, work
+from svlm_jax.planning import compiling, serving, training, work
 from svlm_jax.planning.bounds import step_bounds
 from svlm_jax.planning.chips import CHIPS, parse_topology
 from svlm_jax.planning.hlo import collectives
+from svlm_jax.planning.run import run
 from svlm_jax.training.config import resolve
 from svlm_jax.training.hosts import loaders
 from svlm_jax.training.setup import batch_shapes
@@ -163,6 +166,45 @@ def one_mesh():
     from svlm_jax.sharding import make_mesh
 
     return make_mesh()
+
+
+def test_a_plan_of_a_stream(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    small = serving.stream_spec
+    monkeypatch.setattr(serving, "stream_spec", lambda model, config: small(model, config, height=56, width=56))
+    monkeypatch.setattr(compiling, "devices", lambda topology: jax.devices()[: topology.count])
+    code = cli.run(["plan", "tiny", "--serve", "--topology", "v6e-1", "--json", str(file)])
+    told, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert code == 0 and found["fits"] and "1 stream of 56x56" in told
+    assert [program["name"] for program in found["programs"]] == ["ingest", "decode"]
+    assert all(program["memory"]["arguments"] > 0 for program in found["programs"])
+    assert found["floor_ms"]["round"] > found["floor_ms"]["decode_step"] > 0
+
+
+def test_flags_that_do_not_go_together(monkeypatch):
+    for words, message in (
+        (["sft_tiny"], "--topology is missing"),
+        (["sft_tiny", "--topology", "v6e-1", "--streams", "2"], "--streams goes with --serve"),
+        (["7b", "--topology", "v6e-1", "--serve", "steps=3"], "steps=3: settings are those of a preset"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(cli.make_parser("plan").parse_args(["plan", *words]))
+
+
+def test_what_recipes_say_is_what_was_planned():
+    """The figures in the docstring of configs/recipes.py are those of the records in benchmarks/."""
+    records = sorted((Path(__file__).parent.parent / "benchmarks").glob("plan_*.json"))
+    assert records
+    for record in records:
+        found = json.loads(record.read_text())
+        needed, available = (found["bytes"][name] / 1e9 for name in ("needed", "available"))
+        bounds = found["bounds_seconds"]
+        seconds = max(bounds[name] for name in ("compute", "memory", "links"))
+        line = f"{needed:.1f} of {available:.1f} GB    {seconds:.1f} s, {100 * bounds['mfu']:.0f}%"
+        assert any(record.name in told and line in told for told in (recipes.__doc__ or "").splitlines()), f"{record.name}: {line}"
+        name = found["command"].split()[2]
+        config = resolve(name, [word for word in found["command"].split()[3:] if not word.startswith("-")])
+        assert found["fits"] and (found["remat"], found["accumulate"]) == (config.remat, config.step.accumulate)
 
 
 def test_too_little_memory_is_told_with_what_to_change(monkeypatch, capsys, tmp_path):
