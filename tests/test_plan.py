@@ -107,6 +107,8 @@ HLO = """HloModule jit_step, is_scheduled=true
 ENTRY %main (p: f32[8]) -> f32[8] {
   %start = (bf16[10]{0}, bf16[40]{0}) all-gather-start(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
   %done = bf16[40]{0} all-gather-done(%start)
+  %begin = ((f32[400]{0}), f32[100]{0}) reduce-scatter-start(%p), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %end = f32[100]{0} reduce-scatter-done(%begin)
   %fusion.2 = f32[2,100]{1,0} fusion(%p), kind=kLoop, calls=%scatter
   %while.1 = (s32[], f32[8]) while(%tuple), condition=%condition, body=%body
 }
@@ -117,7 +119,7 @@ def test_what_a_program_sends():
     found = {one.kind: one for one in collectives(HLO, 4)}
     assert found["all-gather"].count == 29 and found["all-gather"].moved == 3 / 4 * (28 * 8000 + 80)
     assert found["all-reduce"].count == 1 and found["all-reduce"].moved == 2 * 3 / 4 * 3200
-    assert found["reduce-scatter"].count == 28 and found["reduce-scatter"].moved == 28 * 3 / 4 * 3200
+    assert found["reduce-scatter"].count == 29 and found["reduce-scatter"].moved == 28 * 3 / 4 * 3200 + 3 / 4 * 1600
     assert found["all-to-all"].count == 1 and found["all-to-all"].moved == 3 / 4 * 1600  # behind a condition: once
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
 

@@ -132,9 +132,14 @@ def _moved(kind: str, line: str, size: int, *, whole: bool) -> float:
     operation, at = _operation(line)
     result = _bytes(line[begin:at])
     share = (size - 1) / size
-    if operation.endswith("-start") and kind in ("all-gather", "collective-permute") and len(result) > 1:
-        # The result lists what goes in, then what comes out
-        result = [sum(result) * size / (size + 1)] if kind == "all-gather" else [max(result)]
+    if operation.endswith("-start") and len(result) > 1:
+        # The result lists what goes in, then what comes out: parts of a whole, or the whole
+        if kind == "all-gather":
+            result = [sum(result) * size / (size + 1)]
+        elif kind == "reduce-scatter":
+            result = [sum(result) / (size + 1)]
+        elif kind == "collective-permute":
+            result = [max(result)]
     total = sum(result)
     if kind == "all-reduce":
         return 2 * share * total
