@@ -17,25 +17,21 @@ from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find, load_params
 from svlm_jax.checkpoints.run_form import described_in, is_run
 from svlm_jax.cli import guarded
-from svlm_jax.config import ModelConfig
 from svlm_jax.configs.models import MODELS
 from svlm_jax.data.pipeline import make_batches
-from svlm_jax.data.samples import temporal_step
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.model.qwen_vl import init_params
 from svlm_jax.sharding import make_mesh, param_shardings, replicated_axes
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training import hosts, sinks
-from svlm_jax.training.attention import Job, choose
 from svlm_jax.training.checkpoint import Checkpoints, describe
 from svlm_jax.training.config import RunConfig, as_json, resolve
 from svlm_jax.training.evaluation import Evaluator
-from svlm_jax.training.forward import Recipe
 from svlm_jax.training.goodput import process_start
 from svlm_jax.training.loop import run
-from svlm_jax.training.placement import Placement
 from svlm_jax.training.plots import plot
 from svlm_jax.training.report import Report
+from svlm_jax.training.setup import make_trainer
 from svlm_jax.training.step import Trainer, TrainState
 from svlm_jax.training.turns import silence
 
@@ -64,7 +60,7 @@ def train(config: RunConfig) -> TrainState:
     batches = iter(make_batches(config.data, tokenizer, model.vision, shard=shard, workers=config.workers, go_on=shard[1] > 1))
 
     # Step
-    trainer = Trainer(model, config.step, make_recipe(config, model, mesh), config.steps)
+    trainer = make_trainer(config, model, mesh, jax.default_backend())
     for line in trainer.recipe.attention.rejected:
         print(f"attention {line}", file=sys.stderr)
     evaluator = Evaluator.of(trainer, config, tokenizer, shard)
@@ -99,13 +95,6 @@ def train(config: RunConfig) -> TrainState:
         batches.close()
         checkpoints.close()
     return state
-
-
-def make_recipe(config: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Recipe:
-    """How the forward pass runs on this mesh."""
-    job = Job(model, mesh, jax.default_backend(), config.data.shape.tokens, config.max_segments, config.step.dtype)
-    unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
-    return Recipe(choose(config.attention, job), Placement(mesh), unit, config.remat, config.vision_remat)
 
 
 def first_state(trainer: Trainer, config: RunConfig, folder: Path | None) -> TrainState:

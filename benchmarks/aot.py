@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,20 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is there a chip 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from svlm_jax.bench.report import commit
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.configs.models import MODELS
-from svlm_jax.demo.make_tiny import tiny_path
-from svlm_jax.model.qwen_vl import abstract_params
-from svlm_jax.sharding import make_mesh, param_shardings, state_shardings
-from svlm_jax.streaming.engine import make_spec
-from svlm_jax.streaming.evict import evict
+from svlm_jax.planning.serving import PROGRAMS, lower_program, stream_spec
+from svlm_jax.sharding import make_mesh
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.state import Prompt, StreamState, state_shapes
-from svlm_jax.streaming.step import decode, ingest, open_stream
-from svlm_jax.tokenizer import Tokenizer
 
 # name -> (how libtpu is asked for it, mesh axes)
 TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "v6e:1x1": ({"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)}, {}),
     "v5e:2x2": ({"topology_name": "v5e:2x2"}, {"tensor": 4}),
 }
-PROGRAMS: dict[str, Callable] = {"evict": evict, "open_stream": open_stream, "decode": decode, "ingest": ingest}
 
 
 def topology_mesh(name: str) -> Mesh:
@@ -57,47 +50,9 @@ def topology_mesh(name: str) -> Mesh:
     return make_mesh(**axes, devices=topologies.get_topology_desc(platform="tpu", **asked).devices)
 
 
-def stream_spec(model: ModelConfig, config: StreamConfig, *, height: int = 560, width: int = 1008) -> StreamSpec:
-    """A model's engine at 720p as it is resized. The bundled tokenizer lays out the prompt: its ids are in every vocabulary."""
-    return make_spec(model, config, Tokenizer.load(tiny_path()), height=height, width=width)
-
-
-def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1) -> dict[str, tuple[Any, ...]]:
-    """Shapes of each program's arguments; the donated state is first in `evict` and second elsewhere."""
-
-    def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    params, state = abstract_params(spec.model, dtype=dtype), state_shapes(spec, streams, dtype)
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
-    frames = shape(streams, spec.stream.frames_per_round, 3, spec.height, spec.width, dtype=jnp.uint8)
-    room = spec.stream.question_capacity
-    question = (shape(streams, room), shape(streams)) if room else ()
-    prompt = Prompt(shape(streams, spec.time_capacity), shape(streams), shape(streams, dtype=jnp.bool_), *question)
-    return {
-        "evict": (state,),
-        "open_stream": (params, state, shape(), shape(spec.cache.words_capacity), shape()),
-        "decode": (params, state, key),
-        "ingest": (params, state, frames, prompt, key),
-    }
-
-
-def place(spec: StreamSpec, mesh: Mesh, argument: Any) -> Any:
-    """An argument's shapes with their shardings: parameters and state by the table, all else on every device."""
-    if isinstance(argument, StreamState):
-        shardings = state_shardings(argument, mesh)
-    elif isinstance(argument, dict):
-        shardings = param_shardings(spec.model, mesh)
-    else:
-        shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), argument)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), argument, shardings)
-
-
 def compile_program(spec: StreamSpec, name: str, mesh: Mesh, dtype: Any = jnp.bfloat16) -> jax.stages.Compiled:
     """One program, with the state donated, for the devices of a mesh."""
-    args = tuple(place(spec, mesh, argument) for argument in arguments(spec, dtype)[name])
-    state = next(i for i, argument in enumerate(args) if isinstance(argument, StreamState))
-    return jax.jit(PROGRAMS[name], donate_argnums=state).lower(*args).compile()
+    return lower_program(spec, name, mesh, dtype).compile()
 
 
 def measure(compiled: jax.stages.Compiled) -> dict[str, int]:

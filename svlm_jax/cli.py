@@ -16,6 +16,7 @@ COMMANDS = {  # each a module of svlm_jax.commands, imported only when it is cal
     "caption": "comment on a video, on the terminal and in caption files",
     "bench": "measure how fast this device is",
     "eval": "compare commentaries on benchmarks: generate, merge, judge, report",
+    "plan": "say what a run takes of TPUs or GPUs that are not here",
     "data": "look at training data and prepare it",
     "demo": "make a simulated match: a video, and what really happens in it",
     "convert": "convert a checkpoint: Hugging Face to Orbax and back, or to another dtype",

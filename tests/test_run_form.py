@@ -20,6 +20,7 @@ from svlm_jax.sharding import make_mesh, param_shardings
 from svlm_jax.training.checkpoint import Checkpoints, describe
 from svlm_jax.training.config import CheckpointConfig, as_json, override
 from svlm_jax.training.lora import merged
+from svlm_jax.training.setup import make_trainer
 from svlm_jax.training.trainable import flatten
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py
@@ -27,13 +28,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py
 
 def write(out: Path, *changes: str):
     """(the trainer, its state) of a run that saved twice: step 3 is the start with every trained number changed."""
-    from svlm_jax.training.step import Trainer
-    from train import first_state, make_recipe
+    from train import first_state
 
     config = override(sft_tiny(), changes)
     folder = find(config.weights)[0]
     model = read_config(folder)
-    trainer = Trainer(model, config.step, make_recipe(config, model, make_mesh()), config.steps)
+    trainer = make_trainer(config, model, make_mesh(), "cpu")
     state = first_state(trainer, config, folder)
     rng = np.random.default_rng(0)
     noisy = {path: jax.numpy.asarray(leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32)) for path, leaf in state.trained.items()}

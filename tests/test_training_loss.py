@@ -61,4 +61,5 @@ def test_no_array_of_all_tokens_and_words():
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(ends, x, Batch(**rest)).compile()
     chunk, head = 512 * config.text.vocab_size * 4, config.text.vocab_size * width * 4
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries < 3 * head + 4 * chunk < tokens * config.text.vocab_size * 4
+    # One gradient of the head, and nothing that a chunk's condition hands on to the backward pass
+    assert temporaries < 1.2 * head + 4 * chunk < tokens * config.text.vocab_size * 4

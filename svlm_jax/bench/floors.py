@@ -78,13 +78,13 @@ def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtyp
     t = spec.model.text
     layers, head_dim = t.num_hidden_layers, t.head_dim or 0
     cache = streams * past * 2 * layers * t.num_key_value_heads * head_dim * jnp.dtype(dtype).itemsize
-    products = 2 * (rows * layers * _layer_parameters(t) + t.vocab_size * t.hidden_size)
+    products = 2 * (rows * layers * layer_parameters(t) + t.vocab_size * t.hidden_size)
     attention = 4 * t.num_attention_heads * head_dim * layers * rows * (past + rows / 2)
-    weights = (layers * _layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(dtype).itemsize
+    weights = (layers * layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(dtype).itemsize
     return Work(weights + cache, streams * (products + attention))
 
 
-def _layer_parameters(t: TextConfig) -> int:
+def layer_parameters(t: TextConfig) -> int:
     """Of the products of one decoder layer."""
     heads = (2 * t.num_attention_heads + 2 * t.num_key_value_heads) * (t.head_dim or 0)
     return t.hidden_size * (heads + 3 * t.intermediate_size)

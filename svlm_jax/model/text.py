@@ -81,10 +81,19 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         return self.embedding[...][tokens]
 
+    def ends(self) -> tuple[Array, Array]:
+        """The final norm's weights and the head's, which are the embedding's where it is tied."""
+        return self.norm[...], (self.embedding if self.config.tie_word_embeddings else self.head)[...]
+
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of the last layer's output."""
-        with jax.named_scope("head"):
-            x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
-            if self.config.tie_word_embeddings:
-                return jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
-            return jnp.einsum("...d,dv->...v", x, self.head[...], preferred_element_type=jnp.float32)
+        return word_logits(self.config, self.ends(), x)
+
+
+def word_logits(config: TextConfig, ends: tuple[Array, Array], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Float32 logits of the last layer's output, by the weights of `Decoder.ends`."""
+    norm, head = ends
+    with jax.named_scope("head"):
+        x = rms_norm(x, norm, config.rms_norm_eps)
+        spec = "...d,vd->...v" if config.tie_word_embeddings else "...d,dv->...v"
+        return jnp.einsum(spec, x, head, preferred_element_type=jnp.float32)

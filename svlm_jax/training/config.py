@@ -131,17 +131,22 @@ class RunConfig:
 
 def resolve(preset: str, overrides: Sequence[str]) -> RunConfig:
     """The preset of that name in configs/ (or the Python file), with its overrides."""
+    from svlm_jax.configs.recipes import PRESETS
+
     if preset.endswith(".py"):
         spec = importlib.util.spec_from_file_location("preset", preset)
         if spec is None or spec.loader is None or not Path(preset).is_file():
             raise UserError(f"there is no configuration {preset}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+    elif preset in PRESETS:
+        return override(PRESETS[preset](), overrides)
     else:
         try:
             module = importlib.import_module(f"svlm_jax.configs.{preset}")
         except ModuleNotFoundError as error:
-            known = sorted(f.stem for f in (Path(str(importlib.import_module("svlm_jax.configs").__path__[0]))).glob("sft_*.py"))
+            files = (Path(str(importlib.import_module("svlm_jax.configs").__path__[0]))).glob("sft_*.py")
+            known = [*sorted(f.stem for f in files), *PRESETS]
             raise UserError(f"there is no preset {preset!r} in configs: {', '.join(known)}, or the path of a file of your own") from error
     return override(module.config(), overrides)
 

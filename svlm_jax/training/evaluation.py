@@ -118,5 +118,6 @@ class Evaluator:
                 total += tally(rows.batch, losses, named, samples, self._pause, self._unigram)
         finally:
             source.close()
-        whole = Tally(*hosts.totals(*dataclasses.astuple(total)))
+        copies = hosts.copies(self._trainer.recipe.placement.mesh)  # type: ignore[arg-type]
+        whole = Tally(*hosts.totals(*(number / copies for number in dataclasses.astuple(total))))
         return whole.record() | {"eval_seconds": time.perf_counter() - start}

@@ -1,7 +1,6 @@
 """Processes that train together: their start, a table of who is there, and checks that fail at once where they are not as asked."""
 
 import functools
-import math
 import os
 import sys
 import threading
@@ -63,24 +62,56 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def loaders(mesh: Mesh) -> list[tuple[set[int], list[int]]]:
+    """(processes, row shards) of each part of a batch: processes whose devices hold the same rows load the same ones.
+
+    On a pod a process's rows need not be neighbours: a mesh follows the wires, not the hosts. UserError where two processes share
+    some of their rows only, or have unlike numbers of them.
+    """
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts: dict[tuple[int, ...], set[int]] = {}
+    for process, rows in sorted(held.items()):
+        parts.setdefault(tuple(sorted(rows)), set()).add(process)
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    if sum(map(len, parts)) != count or len({len(rows) for rows in parts}) != 1:
+        raise UserError(
+            f"data x fsdp = {count} is not shared evenly by {len(held)} processes: choose a power of two for each axis of the mesh, "
+            "and let sequence and tensor divide the devices of one process or be a multiple of them"
+        )
+    return [(processes, list(rows)) for rows, processes in parts.items()]
+
+
+def _own(mesh: Mesh) -> tuple[int, list[tuple[set[int], list[int]]]]:
+    parts = loaders(mesh)
+    return next(i for i, (processes, _) in enumerate(parts) if jax.process_index() in processes), parts
+
+
 def shard(mesh: Mesh) -> tuple[int, int]:
-    """(this process's number, processes) as the data pipeline shares rows. UserError where a process's rows are no run of a batch."""
-    count = jax.process_count()
-    if count > 1:
-        rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
-        owners = [{device.process_index for device in row} for row in rows]
-        each = math.ceil(len(rows) / count)
-        if len(rows) % count or any(owners[i] != {i // each} for i in range(len(rows))):
-            raise UserError(
-                f"data x fsdp = {len(rows)} is not shared evenly, in order, by {count} processes: "
-                "let sequence and tensor divide the devices of one process"
-            )
-    return jax.process_index(), count
+    """(this process's part of every batch, parts) as the data pipeline shares rows. UserError as `loaders`."""
+    index, parts = _own(mesh)
+    return index, len(parts)
+
+
+def copies(mesh: Mesh) -> int:
+    """Processes that load the same rows as this one, itself counted."""
+    index, parts = _own(mesh)
+    return len(parts[index][0])
+
+
+def row_numbers(mesh: Mesh, rows: int) -> list[int]:
+    """Where in the batch each of this process's `rows` rows is."""
+    index, parts = _own(mesh)
+    shards = parts[index][1]
+    each = rows // len(shards)
+    return [row * each + i for row in shards for i in range(each)]
 
 
 def put(batch: Batch, placement: Placement) -> Batch:
     """This process's rows, on its devices, as a part of the batch of all processes."""
-    count = jax.process_count()
+    count = shard(placement.mesh)[1] if jax.process_count() > 1 else 1  # type: ignore[arg-type]
     whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0] * count, *a.shape[1:]), a.dtype), batch)
     shardings = placement.batch(whole)
     return jax.tree.map(

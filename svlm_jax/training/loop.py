@@ -109,7 +109,9 @@ class Feed:
         work = operations(self.trainer.model, rows.batch, set(self.trained))
         silent = turns_of(rows.batch, self.pause).silent_labels
         batch = hosts.put(rows.batch, self.trainer.recipe.placement)
-        totals = hosts.later_totals((*dataclasses.astuple(work), tokens, silent), self.trainer.recipe.placement)
+        placement = self.trainer.recipe.placement
+        copies = hosts.copies(placement.mesh)  # type: ignore[arg-type]
+        totals = hosts.later_totals([number / copies for number in (*dataclasses.astuple(work), tokens, silent)], placement)
         return Taken(step, batch, dict(self.source.get_state()), rows.samples, totals, tokens / segments.size, rows.skipped, waited)
 
 
@@ -212,8 +214,9 @@ def _finish(taken: Taken, metrics: Metrics, trainer: Trainer, report: Report) ->
     }
     if not found.finite:
         rows = [i for i, loss in enumerate(found.row_loss) if not np.isfinite(loss)]
-        first = jax.process_index() * len(taken.samples)
-        names = [", ".join(taken.samples[i - first]) for i in rows if 0 <= i - first < len(taken.samples)]
+        mesh: Any = trainer.recipe.placement.mesh
+        own = dict(zip(hosts.row_numbers(mesh, len(taken.samples)), taken.samples, strict=True))
+        names = [", ".join(own[i]) for i in rows if i in own]
         where = f"in samples {'; '.join(names)}" if names else "in the gradients, no row's loss alone" if not rows else f"in rows {rows}"
         raise UserError(f"step {taken.step}: loss or gradients are not finite, {where}: go on from an earlier checkpoint with other settings or data")
     if found.spike:

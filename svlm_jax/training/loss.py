@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from svlm_jax.config import TextConfig
 from svlm_jax.data.batch import IGNORED, PADDING, Batch
-from svlm_jax.model.text import Decoder
+from svlm_jax.model.text import Decoder, word_logits
 from svlm_jax.types import Array, Bool, Float, Int
 
 
@@ -105,17 +106,41 @@ def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk
     with jax.named_scope("loss"):
         _, pieces = _pieces(batch, chunk)
 
-        def some(places: Array, targets: Array, asked: Array) -> tuple[Sums, Array]:
-            return _of_logits(text.logits(jnp.take_along_axis(x, places[..., None], 1)), targets, asked)
-
-        zero = jnp.zeros((), jnp.float32)
+        ends, zero = text.ends(), jnp.zeros((), jnp.float32)
         nothing = (Sums(zero, zero, zero, jnp.zeros(x.shape[0], jnp.float32)), zero)
 
-        # Around the condition too: what a branch keeps would be kept for every chunk, the head included
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(total: Any, piece: tuple[Array, Array, Array]) -> tuple[Any, None]:
-            found = jax.lax.cond(jnp.any(piece[2]), some, lambda *_: nothing, *piece)
-            return jax.tree.map(jnp.add, total, found), None
+            return jax.tree.map(jnp.add, total, _of_piece(text.config, ends, x, piece)), None
 
         (sums, loss), _ = jax.lax.scan(step, nothing, pieces)
         return loss, sums
+
+
+def _scored(config: TextConfig, ends: Any, x: Array, piece: tuple[Array, Array, Array]) -> tuple[Sums, Array]:
+    places, targets, asked = piece
+    return _of_logits(word_logits(config, ends, jnp.take_along_axis(x, places[..., None], 1)), targets, asked)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_piece(config: TextConfig, ends: Any, x: Array, piece: tuple[Array, Array, Array]) -> tuple[Sums, Array]:
+    """`_of_logits` of one piece of the rows, nothing being computed where it has no label.
+
+    Differentiated as it is, the condition would hand its branch's intermediate results on to the backward pass: a copy of the head, and logits.
+    """
+    zero = jnp.zeros((), jnp.float32)
+    nothing = (Sums(zero, zero, zero, jnp.zeros(x.shape[0], jnp.float32)), zero)
+    return jax.lax.cond(jnp.any(piece[2]), functools.partial(_scored, config), lambda *_: nothing, ends, x, piece)
+
+
+def _of_piece_back(config: TextConfig, kept: tuple[Any, Array, Any], gradients: tuple[Sums, Array]) -> tuple[Any, Array, None]:
+    ends, x, piece = kept
+
+    def some(ends: Any, x: Array) -> tuple[Any, Array]:
+        return jax.vjp(lambda ends, x: _scored(config, ends, x, piece)[1], ends, x)[1](gradients[1])
+
+    back = jax.lax.cond(jnp.any(piece[2]), some, lambda *a: jax.tree.map(jnp.zeros_like, a), ends, x)
+    return *back, None
+
+
+_of_piece.defvjp(lambda config, ends, x, piece: (_of_piece(config, ends, x, piece), (ends, x, piece)), _of_piece_back)

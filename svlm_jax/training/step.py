@@ -221,7 +221,7 @@ class Trainer:
 
     def compiled(self, batch: Batch) -> jax.stages.Compiled:
         """The step for batches like this one (arrays or shapes), ahead of time: the state is donated."""
-        return self.jitted(batch).lower(self.abstract_state(), self._placed(batch)).compile()
+        return self.jitted(batch).lower(self.abstract_state(), self.placed(batch)).compile()
 
     def jitted(self, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The step as a jitted function of a donated state and a batch shaped like this one."""
@@ -233,5 +233,6 @@ class Trainer:
         state = self.shardings()
         return jax.jit(self.step, in_shardings=(state, place.batch(batch)), out_shardings=(state, place.sharding()), donate_argnums=0)
 
-    def _placed(self, batch: Batch) -> Batch:
+    def placed(self, batch: Batch) -> Batch:
+        """The shapes of a batch with their shardings."""
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), batch, self.recipe.placement.batch(batch))
