@@ -47,6 +47,7 @@ from svlm_jax.tokenizer import Tokenizer
 TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "v6e:1x1": ({"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)}, {}),
     "v5e:2x2": ({"topology_name": "v5e:2x2"}, {"tensor": 4}),
+    "v5p:2x2x1": ({"topology_name": "v5p:2x2x1"}, {"tensor": 4}),
 }
 PROGRAMS: dict[str, Callable] = {"evict": evict, "open_stream": open_stream, "decode": decode, "ingest": ingest}
 
