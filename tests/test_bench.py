@@ -279,6 +279,8 @@ def test_floors_of_the_7b():
     assert least["prefill"] == pytest.approx(17.6, rel=0.05)
     assert least["vision"] == pytest.approx(4.9, rel=0.03)
     assert least["round"] == pytest.approx(114, rel=0.02)
+    eight = floors(spec, Ceilings(3.08, 798), streams=1, cached_tokens=12_500, dtype=jnp.bfloat16, weight_dtype=jnp.int8)
+    assert eight["decode_step"] == pytest.approx(2.53, rel=0.01) and eight["vision"] == least["vision"]
     many = floors(spec, Ceilings(3.08, 798), streams=8, cached_tokens=12_500, dtype=jnp.bfloat16)
     assert many["vision"] == pytest.approx(8 * least["vision"])
     assert many["decode_step"] == pytest.approx(least["decode_step"] + 7 * 12_500 * 57_344 / 3.08e9)

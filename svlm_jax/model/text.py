@@ -15,18 +15,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from svlm_jax.config import TextConfig
 from svlm_jax.model.layers import Declare, fan_in, ones, rms_norm, zeros
+from svlm_jax.model.quantized import product as weight_product
+from svlm_jax.model.quantized import rows
 from svlm_jax.types import Array, Float, Int
 
-Product = Callable[[str, str, Array, Array], Array]  # the weight's name, an einsum, what goes in, the weight
+Product = Callable[[str, str, Array, Any], Array]  # the weight's name, an einsum, what goes in, the weight
 Attend = Callable[
     [Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
     Float[Array, "B T N H"],
 ]
 
 
-def plain_product(name: str, spec: str, x: Array, weight: Array) -> Array:
+def plain_product(name: str, spec: str, x: Array, weight: Any) -> Array:
     """A layer's product as it is; `training.lora` adds to some of them by name."""
-    return jnp.einsum(spec, x, weight)
+    return weight_product(spec, x, weight)
 
 
 class DecoderLayer(nnx.Module):
@@ -79,12 +81,12 @@ class Decoder(nnx.Module):
             self.head = declare((c.hidden_size, c.vocab_size), ("embed", "vocab"), fan_in(-2))
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self.embedding[...][tokens]
+        return rows(self.embedding[...], tokens, self.norm[...].dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of the last layer's output."""
         with jax.named_scope("head"):
             x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
             if self.config.tie_word_embeddings:
-                return jnp.einsum("...d,vd->...v", x, self.embedding[...], preferred_element_type=jnp.float32)
-            return jnp.einsum("...d,dv->...v", x, self.head[...], preferred_element_type=jnp.float32)
+                return weight_product("...d,vd->...v", x, self.embedding[...], jnp.float32)
+            return weight_product("...d,dv->...v", x, self.head[...], jnp.float32)
