@@ -5,6 +5,10 @@ The TPU's kernel runs in JAX's interpreter of TPUs: memory that nothing was writ
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -297,3 +301,56 @@ def test_shares_of_the_decoding_kernel_are_joined(monkeypatch, length, fill, fre
     true_out, true_lse = direct(*positional, regions=REGIONS, **new)
     np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=0.01, rtol=0.01)  # bfloat16
     np.testing.assert_allclose(lse, true_lse, atol=1e-4)
+
+
+ON_FOUR_DEVICES = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
+from svlm_jax.kernels.ring_attention.mesh import over_mesh
+from svlm_jax.kernels.ring_attention.reference import ring_attention_reference
+from svlm_jax.sharding import make_mesh
+from test_ring_attention import REGIONS, inputs
+
+mesh, heads, streams = make_mesh(data=2, tensor=2), ("data", "tensor"), ("data",)
+cuts = {"q": ("data", None, None, "tensor"), "k": heads, "v": heads, "valid": streams, "self_k": heads, "self_v": heads, "self_valid": streams}
+
+def local(*arrays, plan, **static):
+    assert arrays[1].shape[:2] == (1, 2) and plan[0].shape[0] == 1, "each device has one of two streams and two of four heads"
+    return ring_attention_reference(*arrays, **static)
+
+@jax.jit
+def call(arrays):
+    plan = prepare(arrays["valid"], regions=REGIONS)["mosaic_tpu"]
+    return over_mesh(local, *(arrays[name] for name in cuts), plan=plan, regions=REGIONS)
+
+def put(arrays):
+    return {name: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*cuts[name]))) for name, a in arrays.items()}
+
+arrays = inputs(1, batch=2, heads=8, kv_heads=4, length=2)
+found = call(put(arrays))
+assert found[0].sharding.spec == PartitionSpec("data", None, "tensor"), found[0].sharding
+assert "all-gather" not in call.lower(put(arrays)).compile().as_text()
+for ours, theirs in zip(found, ring_attention(*list(arrays.values())[:4], regions=REGIONS, self_k=arrays["self_k"], self_v=arrays["self_v"],
+                                              self_valid=arrays["self_valid"], backend="reference"), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+@jax.jit
+def two_layers(q, k, v, valid, self_k, self_v, self_valid):
+    plan = prepare(valid, regions=REGIONS)
+    fresh = {"self_k": self_k, "self_v": self_v, "self_valid": self_valid}
+    for _ in range(2):
+        q += ring_attention(q, k, v, valid, regions=REGIONS, plan=plan, **fresh)[0][:, None]
+    return q
+
+small = put(inputs(1, batch=2, heads=8, kv_heads=4, length=2, head_dim=128, dtype=jnp.bfloat16))
+lowered = two_layers.trace(*small.values()).lower(lowering_platforms=("cuda",)).as_text()
+assert "mosaic_gpu" in lowered and "manual_computation" in lowered and lowered.count('"stablehlo.sort"') == 1
+"""
+
+
+def test_streams_and_heads_are_cut_over_a_mesh():
+    """And a plan that is made once is one sort, however many layers the GPU's kernels have."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, check=True, timeout=300)
