@@ -59,7 +59,7 @@ TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")  # the kernel is compiled for one of each
 KERNELS = [(1, 1), (1, 8), (20, 1), (768, 1), (768, 8)]  # new tokens, streams
-SLOTS = (2048, 15_360, 65_536)
+SLOTS = (2048, 65_536)
 WEIGHTS = {"bf16": None, "int8": Quantization("int8"), "fp8": Quantization("fp8")}
 PROGRAMS: dict[str, Callable] = {"evict": evict, "open_stream": open_stream, "decode": decode, "ingest": ingest}
 

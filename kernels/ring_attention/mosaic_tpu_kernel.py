@@ -107,7 +107,8 @@ def attention(shapes: Shapes, plan, q, k, v, *own) -> tuple[jax.Array, jax.Array
     """
     s = shapes
     order, count, start, region, held = plan
-    k, v = (a.reshape(s.batch, s.kv_heads, -1, TILE, s.head_dim) for a in (k, v))
+    # The compiler else moves a whole layer's cache into fast memory before the call, and back after the append
+    k, v = (pltpu.with_memory_space_constraint(a.reshape(s.batch, s.kv_heads, -1, TILE, s.head_dim), pltpu.HBM) for a in (k, v))
 
     def block_of(b, j, order_ref):
         return order_ref[b, jnp.minimum(j, s.blocks - 1)]
