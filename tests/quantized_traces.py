@@ -27,13 +27,13 @@ def _step(params, state, key, step):
     return _decode_step(bind(state.spec.model, params), state, key, step, state.spec.cache.rounds.room(state.round))
 
 
-def agreement(trace: dict[str, Any], quantization: Quantization | None) -> tuple[int, int]:
-    """(words that agree, words) over all rounds of a trace; None: the recorded weights as they are."""
+def agreement(trace: dict[str, Any], quantization: Quantization | None, *, rounds: int | None = None) -> tuple[int, int]:
+    """(words that agree, words) over all rounds of a trace, or the first ones; None: the recorded weights as they are."""
     engine, agree, count = make_engine(trace), 0, 0
     if quantization is not None:
         engine.params = quantize(engine.params, quantization)
     engine.open(0)
-    for index in range(count_rounds(trace["case"])):
+    for index in range(count_rounds(trace["case"]) if rounds is None else rounds):
         recorded = trace["rounds"][index]["generated"]
         engine.ingest(frames(trace["case"], index)[None], engine.prompt({0: times(trace["case"], index)}))
         state = engine.state

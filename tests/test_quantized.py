@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from quantized_traces import agreement
 
 import svlm_jax
+from svlm_jax.api import Commentary, sample_clip
 from svlm_jax.checkpoints.save import save_params
 from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
 from svlm_jax.demo.make_tiny import tiny_path
@@ -112,6 +115,12 @@ def test_loading(tmp_path):
 
 
 def test_captions_with_weights_in_eight_bits():
-    clip = svlm_jax.api.sample_clip()
-    said = list(svlm_jax.api.Commentary(clip, quantize="int8", duration=2, temperature=0, max_new_tokens=3))
+    said = list(Commentary(sample_clip(), quantize="int8", duration=2, temperature=0, max_new_tokens=3))
     assert len(said) == 2 and all(one.tokens for one in said)
+
+
+def test_words_of_a_recorded_run():
+    """Every word before it being the recorded one; of a model with random weights, whose likeliest words lie close together."""
+    trace = oracle.read_json(oracle.DATA / "streaming" / "equal_windows.json.gz")
+    agree, count = agreement(trace, Quantization("int8"), rounds=6)
+    assert count > 30 and agree >= 0.9 * count

@@ -138,6 +138,11 @@ _BACKENDS = {
 BACKENDS = tuple(_BACKENDS)
 
 
+def backends(platform: str) -> tuple[str, ...]:
+    """Those that run on a platform, as devices name it: "cpu", "gpu" or "tpu"."""
+    return tuple(name for name, backend in _BACKENDS.items() if backend.platform in (None, {"gpu": "cuda"}.get(platform, platform)))
+
+
 @functools.lru_cache(maxsize=256)
 def _log_once(name: str, reason: str) -> None:
     log.info("ring_attention: backend %s not taken: %s", name, reason)
