@@ -3,16 +3,21 @@
     pip install -e . libtpu && python benchmarks/aot.py --out benchmarks/tpu_aot.json
 
 Needs no accelerator: the compiler is in the libtpu package. The full 7B model in bfloat16, one stream of 720p video at the
-defaults, on one v6e chip and cut by heads over the four chips of a v5e host; about five minutes on two cores.
+defaults, on one v6e chip and cut by heads over the four chips of a v5e and of a v5p host, and its decoding with weights in eight
+bits; then the attention kernel alone, for one chip of every kind. About ten minutes on two cores.
 
-All bytes are those of one chip. `bytes_accessed` is the compiler's estimate; of a loop, as in `decode`, it counts one step.
-`temp_bytes` is what a program needs besides its arguments and results; results that alias the donated state take no room of their own.
+All bytes are those of one chip. `bytes_accessed` is the compiler's estimate (of the kernel, what the kernel states); of a loop, as
+in `decode`, it counts one step. `least_bytes` and `least_operations` are what `svlm_jax.bench.floors` counts of the same work, the
+whole cache valid. `temp_bytes` is what a program needs besides its arguments and results; results that alias the donated state take
+no room of their own.
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -28,11 +33,14 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor is there a chip 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from svlm_jax.bench import floors
 from svlm_jax.bench.report import commit
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.configs.models import MODELS
+from svlm_jax.kernels.ring_attention.api import ring_attention
+from svlm_jax.model.quantized import KINDS, Quantization
 from svlm_jax.planning.serving import PROGRAMS, lower_program, stream_spec
 from svlm_jax.sharding import make_mesh
 from svlm_jax.streaming.layout import StreamSpec
@@ -41,7 +49,12 @@ from svlm_jax.streaming.layout import StreamSpec
 TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "v6e:1x1": ({"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)}, {}),
     "v5e:2x2": ({"topology_name": "v5e:2x2"}, {"tensor": 4}),
+    "v5p:2x2x1": ({"topology_name": "v5p:2x2x1"}, {"tensor": 4}),
 }
+CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")  # the kernel is compiled for one of each
+KERNELS = [(1, 1), (1, 8), (20, 1), (768, 1), (768, 8)]  # new tokens, streams
+SLOTS = (2048, 65_536)
+WEIGHTS = {"bf16": None, "int8": Quantization("int8"), "fp8": Quantization("fp8")}
 
 
 def topology_mesh(name: str) -> Mesh:
@@ -50,9 +63,11 @@ def topology_mesh(name: str) -> Mesh:
     return make_mesh(**axes, devices=topologies.get_topology_desc(platform="tpu", **asked).devices)
 
 
-def compile_program(spec: StreamSpec, name: str, mesh: Mesh, dtype: Any = jnp.bfloat16) -> jax.stages.Compiled:
+def compile_program(
+    spec: StreamSpec, name: str, mesh: Mesh, dtype: Any = jnp.bfloat16, quantization: Quantization | None = None
+) -> jax.stages.Compiled:
     """One program, with the state donated, for the devices of a mesh."""
-    return lower_program(spec, name, mesh, dtype).compile()
+    return lower_program(spec, name, mesh, dtype, quantization=quantization).compile()
 
 
 def measure(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -66,11 +81,36 @@ def measure(compiled: jax.stages.Compiled) -> dict[str, int]:
     }
 
 
+def least(spec: StreamSpec, name: str, weights: str, chips: int) -> dict[str, int]:
+    """The work of one chip by our own count, for the programs that have a floor: every slot is held and attended to."""
+    eight = WEIGHTS[weights]
+    weight_dtype = None if eight is None else KINDS[eight.kind][0]
+    slots = spec.cache.slots
+    work = {
+        "decode": [floors.decode_work(spec, 1, slots, jnp.bfloat16, weight_dtype)],
+        "ingest": [floors.vision_work(spec, 1, jnp.bfloat16), floors.prefill_work(spec, 1, slots, jnp.bfloat16, weight_dtype)],
+    }.get(name, [])
+    sums = {"least_bytes": sum(w.bytes for w in work), "least_operations": sum(w.operations for w in work)}
+    return {key: round(value / chips) for key, value in sums.items() if value}
+
+
+def compile_kernel(topology: str, *, slots: int, tokens: int, streams: int) -> jax.stages.Compiled:
+    """Ring attention at the 7B model's heads, for one chip."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    cache, fresh = (shape((streams, 4, rows, 128), jnp.bfloat16) for rows in (slots, tokens))
+    regions = ((0, 640), (640, 1152), (1152, slots))
+    query, bits = shape((streams, 3, tokens, 28, 128), jnp.bfloat16), functools.partial(shape, dtype=jnp.bool_)
+    call = jax.jit(functools.partial(ring_attention, regions=regions, backend="mosaic_tpu"))
+    return call.lower(query, cache, cache, bits((streams, slots)), self_k=fresh, self_v=fresh, self_valid=bits((streams, tokens))).compile()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b", choices=MODELS)
     parser.add_argument("--topology", action="append", choices=TOPOLOGIES, help="may be repeated; all by default")
     parser.add_argument("--program", action="append", choices=PROGRAMS, help="may be repeated; all by default")
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="of the kernel; may be repeated; all by default")
     parser.add_argument("--layers", type=int, help="decoder layers and vision blocks, to try this out; all by default")
     parser.add_argument("--out", type=Path, help="a JSON file, written anew after every program")
     options = parser.parse_args(argv)
@@ -91,17 +131,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         "frame": [spec.height, spec.width],
         "slots": spec.cache.slots,
         "programs": [],
+        "kernels": [],
     }
+
+    def note(kind: str, row: dict[str, Any]) -> None:
+        print(json.dumps(row), flush=True)
+        result[kind].append(row)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+
     for topology in options.topology or TOPOLOGIES:
         mesh = topology_mesh(topology)
         for name in options.program or PROGRAMS:
-            start = time.perf_counter()
-            found = measure(compile_program(spec, name, mesh))
-            row = {"topology": topology, "program": name, **found, "compile_s": round(time.perf_counter() - start, 1)}
-            print(json.dumps(row), flush=True)
-            result["programs"].append(row)
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=2) + "\n")
+            for weights in WEIGHTS if name == "decode" else ("bf16",):
+                start = time.perf_counter()
+                found = measure(compile_program(spec, name, mesh, quantization=WEIGHTS[weights])) | least(spec, name, weights, mesh.size)
+                seconds = round(time.perf_counter() - start, 1)
+                note("programs", {"topology": topology, "program": name, "weights": weights, **found, "compile_s": seconds})
+    for chip, slots, (tokens, streams) in itertools.product(options.chip or CHIPS, SLOTS, KERNELS):
+        start = time.perf_counter()
+        found = measure(compile_kernel(chip, slots=slots, tokens=tokens, streams=streams))
+        del found["alias_bytes"]
+        seconds = round(time.perf_counter() - start, 1)
+        note("kernels", {"chip": chip, "slots": slots, "tokens": tokens, "streams": streams, **found, "compile_s": seconds})
 
 
 def cut(model: ModelConfig, layers: int, blocks: int) -> ModelConfig:

@@ -1,23 +1,20 @@
 """Measures ring attention on this machine's accelerator: correct first, then time, beside XLA and cuDNN in the same run.
 
-    python -m svlm_jax.kernels.bench [--slots 15104] [--tokens 768] [--streams 1] [--json FILE]
+`svlm bench kernels` puts it beside what the device can do.
 
 A program cycles through the caches of several layers, so that nothing is found in a cache of the chip, and each layer's
 output is the next one's query. Time is the median of the programs' wall time over the number of layers.
 """
 
-import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.kernels.ring_attention.api import BACKENDS, Regions, Unsupported, ring_attention
+from svlm_jax.kernels.ring_attention.api import Regions, Unsupported, backends, ring_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B
 
@@ -99,40 +96,21 @@ def measure(*, streams: int, tokens: int, regions: Regions, layers: int = 8) -> 
     arrays = [make_inputs(jax.random.key(100 + i), streams=streams, tokens=tokens, regions=regions) for i in range(layers)]
     held = float(np.mean([np.asarray(a["valid"]).mean() for a in arrays])) * regions[-1][1]
     operations = 4.0 * streams * tokens * HEADS * HEAD_DIM * (held + tokens / 2)
-    record: dict[str, object] = {"streams": streams, "tokens": tokens, "slots": regions[-1][1], "valid_slots": held, "operations": operations}
-    calls: dict[str, Callable] = {name: functools.partial(ring_attention, regions=regions, backend=name) for name in BACKENDS}
+    rows = 2 * KV_HEADS * (held + tokens) + (len(regions) + 1) * HEADS * tokens  # keys and values; copies of the query, and the output
+    sizes = {"streams": streams, "tokens": tokens, "slots": regions[-1][1], "valid_slots": held}
+    record: dict[str, object] = {**sizes, "operations": operations, "bytes": 2.0 * streams * HEAD_DIM * rows}
+    names = backends(jax.devices()[0].platform)
+    calls: dict[str, Callable] = {name: functools.partial(ring_attention, regions=regions, backend=name) for name in names}
     for name, call in calls.items():
         try:
             error = check(name, streams=streams, tokens=tokens, regions=regions)
             taken = microseconds(lambda call=call, **operands: call(**operands)[0], arrays)
-            record[name] = {"us": taken, "tflops": operations / taken / 1e6, "relative_error": error["out"], "lse_error": error["lse"]}
+            record[name] = {"us": taken, "relative_error": error["out"], "lse_error": error["lse"]}
         except Unsupported as reason:
             record[name] = {"unsupported": str(reason)}
     try:
         taken = microseconds(functools.partial(cudnn, regions=regions), arrays)
-        record["cudnn"] = {"us": taken, "tflops": operations / taken / 1e6}
+        record["cudnn"] = {"us": taken}
     except Exception as error:  # no cuDNN on this machine, or sizes that it does not take: the reason is the record
         record["cudnn"] = {"unsupported": str(error).splitlines()[0][:200]}
     return record
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--slots", type=int, nargs="+", default=[15_104])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[768])
-    parser.add_argument("--streams", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    records = []
-    for slots in arguments.slots:
-        for tokens in arguments.tokens:
-            regions = ((0, 640), (640, 1152), (1152, slots))
-            record = measure(streams=arguments.streams, tokens=tokens, regions=regions)
-            records.append({"device": jax.devices()[0].device_kind, "jax": jax.__version__, **record})
-            print(json.dumps(records[-1]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

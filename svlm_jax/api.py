@@ -26,14 +26,17 @@ from svlm_jax.data.video import Round as VideoRound
 from svlm_jax.data.video import VideoInfo, probe, read_ahead, read_rounds
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
-from svlm_jax.model.qwen_vl import abstract_params
+from svlm_jax.model.quantized import Quantization, as_quantization, quantized_shapes
+from svlm_jax.model.qwen_vl import abstract_params, compute_dtype
 from svlm_jax.programs import Kind, Programs, check_memory, free_memory, size_text, tree_bytes
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.streaming.engine import Round as EngineRound
 from svlm_jax.streaming.prompt import encode_query
 from svlm_jax.tokenizer import Tokenizer
+from svlm_jax.types import Params
 
 Source = str | os.PathLike[str]
+Quantize = str | Quantization | None
 Question = tuple[float, str]  # seconds from the start of the video, and what is asked
 SPEED_ROUNDS = 16  # the speed is that of so many rounds
 
@@ -59,28 +62,40 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Tokenizer
     dtype: np.dtype  # of the parameters once loaded
-    nbytes: int
+    nbytes: int  # once loaded, and quantized
+    quantization: Quantization | None = None
 
     @classmethod
-    def open(cls, path: Source | None = None, *, weights: Source | None = None, dtype: Any = None) -> "Checkpoint":
+    def open(cls, path: Source | None = None, *, weights: Source | None = None, dtype: Any = None, quantize: Quantize = None) -> "Checkpoint":
         """Looks at config, tokenizer and headers. Raises UserError where they are missing or do not belong together."""
         folder, name = checkpoint.find(tiny_path() if path is None else os.fspath(path))
         config = read_config(folder, name=name)
         source = folder if weights is None else checkpoint.find(os.fspath(weights))[0]
         opened = open_source(source, config, dtype=dtype)
-        nbytes = sum(math.prod(shape) for shape in opened.shapes.values()) * opened.dtype.itemsize
-        return cls(folder, source, config, Tokenizer.load(described_in(folder)), opened.dtype, nbytes)
+        quantization = as_quantization(quantize)
+        nbytes = tree_bytes(quantized_shapes(abstract_params(config, dtype=opened.dtype), quantization))
+        return cls(folder, source, config, Tokenizer.load(described_in(folder)), opened.dtype, nbytes, quantization)
+
+    @property
+    def shapes(self) -> Params:
+        """Of the parameters once loaded."""
+        return quantized_shapes(abstract_params(self.config, dtype=self.dtype), self.quantization)
 
     def load(self, progress: checkpoint.Progress | None = None) -> LoadedModel:
         """Reads the parameters onto the default device. `progress` is called with bytes done and in total."""
         if self.weights == self.path:
-            return checkpoint.load(self.path, dtype=self.dtype, progress=progress)
-        params = checkpoint.load_params(self.weights, self.config, dtype=self.dtype, progress=progress)
+            return checkpoint.load(self.path, dtype=self.dtype, quantize=self.quantization, progress=progress)
+        params = checkpoint.load_params(self.weights, self.config, dtype=self.dtype, quantize=self.quantization, progress=progress)
         return LoadedModel(self.config, params, self.tokenizer, self.path)
 
 
 def load(
-    path: Source | None = None, *, weights: Source | None = None, dtype: Any = None, progress: checkpoint.Progress | None = None
+    path: Source | None = None,
+    *,
+    weights: Source | None = None,
+    dtype: Any = None,
+    quantize: Quantize = None,
+    progress: checkpoint.Progress | None = None,
 ) -> LoadedModel:
     """The model in a directory, of Hugging Face's form or Orbax's (or of that name on the Hub), ready for `stream`.
 
@@ -88,11 +103,13 @@ def load(
       path: None is the bundled model, which is tiny and has random weights: its words mean nothing.
       weights: another directory to take the weights from; config and tokenizer stay those of `path`.
       dtype: of the parameters, the cache and the computation; None keeps what the files hold.
+      quantize: "int8" or "fp8" keeps the weights of the decoder's products and of the head in eight bits, and so makes decoding
+        faster on less memory; a `Quantization` says which parts. None keeps all as it is.
       progress: called with (bytes done, bytes in total) while weights are read.
 
     Raises UserError, one line, for what is wrong with the checkpoint, or where it does not fit into memory.
     """
-    found = Checkpoint.open(path, weights=weights, dtype=dtype)
+    found = Checkpoint.open(path, weights=weights, dtype=dtype, quantize=quantize)
     free = free_memory()
     if free is not None and found.nbytes > free:
         need, have = size_text(found.nbytes), size_text(free)
@@ -137,6 +154,7 @@ class Commentary:
         *,
         weights: Source | None = None,
         dtype: Any = None,
+        quantize: Quantize = None,
         start: float = 0.0,
         duration: float | None = None,
         questions: Iterable[Question] = (),
@@ -146,14 +164,14 @@ class Commentary:
 
         Args:
           source: a file or URL.
-          model: from `load`, or what `load` takes (then also `weights` and `dtype`).
+          model: from `load`, or what `load` takes (then also `weights`, `dtype` and `quantize`).
           start, duration: the part of the video to caption, in seconds.
           questions: (time in seconds, text): each is put to the model in the round that contains its time.
           settings: fields of StreamConfig; what is not given is as the model's `streaming.json` has it, if it has one. In mode "full",
             capacity_rounds is the video's length unless given.
         """
         self.model = model if isinstance(model, LoadedModel) else None
-        self.checkpoint = None if isinstance(model, LoadedModel) else Checkpoint.open(model, weights=weights, dtype=dtype)
+        self.checkpoint = None if isinstance(model, LoadedModel) else Checkpoint.open(model, weights=weights, dtype=dtype, quantize=quantize)
         known = self.model or self.checkpoint
         assert known is not None
         settings = {**read_stream_settings(known.path), **settings}
@@ -179,7 +197,7 @@ class Commentary:
             max_pixels=config.max_pixels,
         )
         self.spec = make_spec(known.config, config, tokenizer, height=size[0], width=size[1])
-        self.dtype = self.checkpoint.dtype if self.checkpoint else jax.tree.leaves(model.params)[0].dtype  # type: ignore[union-attr]
+        self.dtype = self.checkpoint.dtype if self.checkpoint else np.dtype(compute_dtype(model.params))  # type: ignore[union-attr]
         check_memory(self.spec, self.checkpoint.nbytes if self.checkpoint else 0, self.dtype)
         self._duration = duration
         self._engine: Engine | None = None
@@ -195,7 +213,9 @@ class Commentary:
             return
         self._rounds = read_ahead(self._read())
         self._first = next(self._rounds, None)
-        params = self.model.params if self.model else abstract_params(self.spec.model, dtype=self.dtype)
+        known = self.model or self.checkpoint
+        assert known is not None
+        params = known.params if isinstance(known, LoadedModel) else known.shapes
         self._programs = Programs(self.spec, params, self.dtype, self._kinds())
         if self.model is None and self.checkpoint is not None:
             self.model = self.checkpoint.load(progress)

@@ -13,7 +13,7 @@ import numpy as np
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.data.chat import ChatPrompt, Part, lay_out
 from svlm_jax.errors import UserError
-from svlm_jax.model.qwen_vl import bind, embed_prompt
+from svlm_jax.model.qwen_vl import bind, compute_dtype, embed_prompt
 from svlm_jax.streaming.layout import Field, Ring, StreamSpec, round_up
 from svlm_jax.streaming.prompt import PromptLayout, spoken_ids
 from svlm_jax.streaming.state import StreamState, init_state
@@ -130,7 +130,7 @@ def answer(
         denominator=prompt.unit,
     )
     hole = rows - length
-    state = init_state(spec, 1, jax.tree.leaves(params)[0].dtype)
+    state = init_state(spec, 1, compute_dtype(params))
     key = jax.random.key(seed)[None]
     state, _ = ingest_chat(
         params,

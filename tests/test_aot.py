@@ -44,14 +44,34 @@ def test_eviction_does_not_grow_with_the_windows():
     assert large["temp_bytes"] - small["temp_bytes"] <= FACT_BYTES * (large["slots"] - small["slots"])
 
 
-@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
-@pytest.mark.parametrize("program", aot.PROGRAMS)
-def test_every_program_compiles(topology, program):
+HEADS_BY_CHIPS = [(name, topology) for name in aot.PROGRAMS for topology in ("v6e:1x1", "v5e:2x2")] + [("decode", "v5p:2x2x1")]
+
+
+@pytest.mark.parametrize(("program", "topology"), HEADS_BY_CHIPS)
+def test_every_program_compiles(program, topology):
     spec = aot.stream_spec(aot.cut(qwen2_5_vl_7b(), 2, 2), StreamConfig())
     mesh = aot.topology_mesh(topology)
-    found = aot.measure(aot.compile_program(spec, program, mesh))
+    compiled = aot.compile_program(spec, program, mesh)
+    found = aot.measure(compiled)
+    if program != "evict":
+        assert "tpu_custom_call" in (compiled.as_text() or "")  # attention is the kernel
     state = state_shapes(spec, 1, jnp.bfloat16)
     cache = sum(a.size * a.dtype.itemsize for a in (*state.k, *state.v)) // mesh.size
     assert found["alias_bytes"] >= cache  # the donated cache is updated in place
     if program == "decode":
         assert found["temp_bytes"] < 0.5 * cache
+
+
+@pytest.mark.parametrize(("chip", "slots"), [("v5e:2x2", 65_536), ("v5p:2x2x1", 15_360), ("v6e:2x2", 2048), ("tpu7x:2x2x1", 65_536)])
+@pytest.mark.parametrize("tokens", [1, 768])
+def test_the_attention_kernel_compiles_for_every_chip(chip, slots, tokens):
+    found = aot.measure(aot.compile_kernel(chip, slots=slots, tokens=tokens, streams=1))
+    cache = 2 * 4 * slots * 128 * 2
+    assert found["temp_bytes"] < (0.02 * cache if tokens == 1 else 64 << 20)  # a chunk's queries and outputs, whatever the cache
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_decoding_makes_no_wide_copy_of_weights_in_eight_bits(weights):
+    spec = aot.stream_spec(aot.cut(qwen2_5_vl_7b(), 1, 1), StreamConfig())
+    found = aot.measure(aot.compile_program(spec, "decode", aot.topology_mesh("v6e:1x1"), quantization=aot.WEIGHTS[weights]))
+    assert found["temp_bytes"] < 8 << 20  # the smallest of the weights would be 25 MB

@@ -279,6 +279,8 @@ def test_floors_of_the_7b():
     assert least["prefill"] == pytest.approx(17.6, rel=0.05)
     assert least["vision"] == pytest.approx(4.9, rel=0.03)
     assert least["round"] == pytest.approx(114, rel=0.02)
+    eight = floors(spec, Ceilings(3.08, 798), streams=1, cached_tokens=12_500, dtype=jnp.bfloat16, weight_dtype=jnp.int8)
+    assert eight["decode_step"] == pytest.approx(2.53, rel=0.01) and eight["vision"] == least["vision"]
     many = floors(spec, Ceilings(3.08, 798), streams=8, cached_tokens=12_500, dtype=jnp.bfloat16)
     assert many["vision"] == pytest.approx(8 * least["vision"])
     assert many["decode_step"] == pytest.approx(least["decode_step"] + 7 * 12_500 * 57_344 / 3.08e9)
@@ -331,3 +333,26 @@ def test_mistakes_are_one_line(capsys):
 def test_commit_may_be_stated(monkeypatch):
     monkeypatch.setenv("SVLM_COMMIT", "abc")
     assert report.commit() == "abc"
+
+
+def test_kernels_beside_their_floor(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+
+    def run(*arguments):
+        return command.run(parser.parse_args(["bench", "kernels", *arguments]))
+
+    assert run("--slots", "1280", "--tokens", "1", "--layers", "2", "--json", str(tmp_path / "kernels.json")) == 0
+    row = json.loads((tmp_path / "kernels.json").read_text())
+    assert row["slots"] == 1280 and "mosaic_gpu" not in row and "mosaic_tpu" not in row  # which do not run on a CPU
+    found, held = row["reference"], row["valid_slots"]
+    assert row["bytes"] == pytest.approx(2 * 128 * (2 * 4 * (held + 1) + 4 * 28))
+    assert found["tbps"] == pytest.approx(row["bytes"] / found["us"] / 1e6) and found["tflops"] == pytest.approx(row["operations"] / found["us"] / 1e6)
+    least = max(row["bytes"] / row["ceilings"]["copy_tbps"], row["operations"] / row["ceilings"]["matmul_tflops"]) / 1e6
+    assert found["of_floor"] == pytest.approx(least / found["us"]) and found["relative_error"] < 0.01
+    assert "unsupported" in row["cudnn"]
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 3 and "XLA" in table[1] and "cudnn" in table[2]
+    for flag, value in (("--slots", "1000"), ("--tokens", "0"), ("--streams", "0"), ("--layers", "0")):
+        with pytest.raises(UserError, match=f"{flag} must be .* not {value}"):
+            run(flag, value)

@@ -23,6 +23,7 @@ VIDEO
 --model DIR
 --weights DIR
 --dtype {float32,bfloat16}
+--quantize {int8,fp8}
 --out FILE []
 --start SECONDS 0.0
 --duration SECONDS

@@ -1,13 +1,23 @@
-"""The contract of ring attention, run against every backend that runs on this machine, and lowering for the others."""
+"""The contract of ring attention, run against every backend that runs on this machine, and lowering for the others.
 
+The TPU's kernel runs in JAX's interpreter of TPUs: memory that nothing was written to holds NaN, and races are detected.
+"""
+
+import contextlib
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that says whether there was a race
+from jax.experimental.pallas import tpu as pltpu
 
-from svlm_jax.kernels.ring_attention.api import BACKENDS, Unsupported, ring_attention
+from svlm_jax.kernels.ring_attention.api import BACKENDS, Unsupported, prepare, ring_attention
 from svlm_jax.kernels.ring_attention.tiles import visited_tiles
 
 
@@ -34,9 +44,26 @@ def direct(q, k, v, valid, *, regions, self_k=None, self_v=None, self_valid=None
 
 
 REGIONS = ((0, 128), (128, 256), (256, 640))
+HEAD_DIMS = {"reference": 16, "mosaic_tpu": 128}  # of the backends that run here
 
 
-def inputs(seed, *, batch=2, length=5, heads=4, kv_heads=2, head_dim=16, regions=REGIONS, dtype=jnp.float32, fill=0.5, fresh=True):
+@pytest.fixture(params=HEAD_DIMS)
+def backend(request):
+    return request.param
+
+
+@contextlib.contextmanager
+def on(backend):
+    """Where a backend runs."""
+    if backend != "mosaic_tpu":
+        yield
+        return
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
+
+
+def inputs(seed, *, batch=3, length=1, heads=4, kv_heads=2, head_dim=16, regions=REGIONS, dtype=jnp.float32, fill=0.5, fresh=True):
     r = np.random.default_rng(seed)
     slots = regions[-1][1]
 
@@ -63,77 +90,128 @@ def split(arrays):
     return positional, {name: value for name, value in arrays.items() if name.startswith("self_")}
 
 
-def run(arrays, *, regions=REGIONS, backend="reference", **kwargs):
-    positional, fresh = split(arrays)
-    return jax.jit(functools.partial(ring_attention, regions=regions, backend=backend, **kwargs))(*positional, **fresh)
+@functools.cache
+def jitted(regions, backend, scale):
+    return jax.jit(functools.partial(ring_attention, regions=regions, backend=backend, scale=scale))
 
 
-def expect_equal(arrays, *, regions=REGIONS, tolerance=2e-5, **kwargs):
+def run(arrays, backend, *, regions=REGIONS, scale=None):
     positional, fresh = split(arrays)
-    out, lse = run(arrays, regions=regions, **kwargs)
-    true_out, true_lse = direct(*positional, regions=regions, **fresh, **{k: v for k, v in kwargs.items() if k == "scale"})
+    with on(backend):
+        return jax.block_until_ready(jitted(regions, backend, scale)(*positional, **fresh))
+
+
+def expect_equal(arrays, backend, *, regions=REGIONS, tolerance=2e-5, scale=None):
+    positional, fresh = split(arrays)
+    out, lse = run(arrays, backend, regions=regions, scale=scale)
+    true_out, true_lse = direct(*positional, regions=regions, scale=scale, **fresh)
     np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=tolerance, rtol=tolerance)
     assert np.array_equal(np.isneginf(lse), np.isneginf(true_lse))
     np.testing.assert_allclose(lse, true_lse, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.parametrize(("length", "fresh"), [(1, True), (1, False), (20, True)])
 @pytest.mark.parametrize("fill", [0.0, 0.02, 0.5, 1.0])
-@pytest.mark.parametrize("fresh", [True, False])
-def test_equals_the_equation(length, fill, fresh):
-    expect_equal(inputs(length, length=length, fill=fill, fresh=fresh))
+def test_equals_the_equation(backend, length, fill, fresh):
+    expect_equal(inputs(length, length=length, fill=fill, fresh=fresh, head_dim=HEAD_DIMS[backend]), backend)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (7, 1), (6, 3)])
-def test_groups_of_heads(heads, kv_heads):
-    expect_equal(inputs(3, heads=heads, kv_heads=kv_heads))
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 1), (3, 3)])
+def test_groups_of_heads(backend, heads, kv_heads):
+    expect_equal(inputs(3, heads=heads, kv_heads=kv_heads, head_dim=HEAD_DIMS[backend]), backend)
 
 
-@pytest.mark.parametrize("regions", [((0, 0),), ((0, 0), (0, 128))])
-def test_an_empty_region(regions):
-    expect_equal(inputs(12, regions=regions), regions=regions)
+@pytest.mark.parametrize("regions", [((0, 0),), ((0, 0), (0, 384), (384, 384), (384, 1408))])
+def test_an_empty_region(backend, regions):
+    expect_equal(inputs(12, regions=regions, head_dim=HEAD_DIMS[backend]), backend, regions=regions)
 
 
-def test_one_region_and_a_scale():
-    expect_equal(inputs(4, regions=((0, 256),)), regions=((0, 256),), scale=0.5)
+def test_one_region_and_a_scale(backend):
+    expect_equal(inputs(4, regions=((0, 640),), head_dim=HEAD_DIMS[backend]), backend, regions=((0, 640),), scale=0.5)
 
 
-def test_a_single_valid_slot_and_streams_of_different_fill():
-    arrays = inputs(5, batch=3, fresh=False)
+def test_a_single_valid_slot_and_streams_of_different_fill(backend):
+    arrays = inputs(5, fresh=False, head_dim=HEAD_DIMS[backend])
     valid = np.zeros((3, 640), bool)
     valid[0, 300], valid[1, 100:500] = True, True  # the third stream holds nothing
-    expect_equal(arrays | {"valid": jnp.asarray(valid)})
+    expect_equal(arrays | {"valid": jnp.asarray(valid)}, backend)
 
 
-def test_order_of_slots_means_nothing():
-    arrays = inputs(6, regions=((0, 640),), fill=0.3)
+def test_order_of_slots_means_nothing(backend):
+    arrays = inputs(6, regions=((0, 640),), fill=0.3, head_dim=HEAD_DIMS[backend])
     order = np.random.default_rng(0).permutation(640)
     shuffled = arrays | {"k": arrays["k"][:, :, order], "v": arrays["v"][:, :, order], "valid": arrays["valid"][:, order]}
-    for ours, theirs in zip(run(arrays, regions=((0, 640),)), run(shuffled, regions=((0, 640),)), strict=True):
+    for ours, theirs in zip(*(run(a, backend, regions=((0, 640),), scale=0.5) for a in (arrays, shuffled)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_invalid_slots_may_hold_anything():
-    arrays = inputs(7)
+def test_invalid_slots_may_hold_anything(backend):
+    arrays = inputs(7, head_dim=HEAD_DIMS[backend])
     poison = jnp.where(arrays["valid"][:, None, :, None], 0.0, 1e30)
-    for ours, theirs in zip(run(arrays), run(arrays | {"k": arrays["k"] + poison, "v": arrays["v"] + poison}), strict=True):
+    poisoned = run(arrays | {"k": arrays["k"] + poison, "v": arrays["v"] + poison}, backend)
+    for ours, theirs in zip(run(arrays, backend), poisoned, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_same_bits_every_time():
-    arrays = inputs(8, length=40, dtype=jnp.bfloat16)
-    for first, second in zip(run(arrays), run(arrays), strict=True):
+def test_same_bits_every_time(backend):
+    arrays = inputs(8, batch=8, heads=7, kv_heads=1, dtype=jnp.bfloat16, head_dim=HEAD_DIMS[backend])
+    for first, second in zip(run(arrays, backend), run(arrays, backend), strict=True):
         np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
+
+
+def test_bfloat16(backend):
+    expect_equal(inputs(14, batch=8, heads=7, kv_heads=1, dtype=jnp.bfloat16, head_dim=HEAD_DIMS[backend]), backend, tolerance=0.01)
+
+
+def test_a_plan_made_once_changes_nothing(backend):
+    arrays = inputs(15, head_dim=HEAD_DIMS[backend])
+    positional, fresh = split(arrays)
+
+    @jax.jit
+    def planned(*positional, **fresh):
+        plan = prepare(positional[-1], regions=REGIONS)
+        return ring_attention(*positional, regions=REGIONS, backend=backend, plan=plan, **fresh)
+
+    with on(backend):
+        found = jax.block_until_ready(planned(*positional, **fresh))
+    for ours, theirs in zip(run(arrays, backend), found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_tiles_of_queries_change_nothing(monkeypatch):
     from svlm_jax.kernels.ring_attention import reference
 
     arrays = inputs(9, length=48)
-    whole = run(arrays)
+    whole = run(arrays, "reference")
     monkeypatch.setattr(reference, "SCORE_BYTES", 100_000)
-    for ours, theirs in zip(whole, run(arrays, scale=16**-0.5), strict=True):
+    for ours, theirs in zip(whole, run(arrays, "reference", scale=16**-0.5), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_round_in_tiles_on_a_tpu():
+    """Many tiles of queries over many blocks of the cache and two of the chunk, the second stream's cache almost empty."""
+    regions = ((0, 640), (640, 1152), (1152, 2176))
+    arrays = inputs(16, batch=2, length=768, heads=7, kv_heads=1, head_dim=128, regions=regions)
+    arrays["valid"] &= (jnp.arange(2176) < 700) | (jnp.arange(2) == 0)[:, None]
+    for ours, theirs in zip(run(arrays, "mosaic_tpu", regions=regions), run(arrays, "reference", regions=regions), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_blocks_without_a_valid_slot_are_skipped():
+    from svlm_jax.kernels.ring_attention import mosaic_tpu
+
+    regions = ((0, 640), (640, 1152), (1152, 15_360))
+    block, starts, owners, inside = mosaic_tpu.cache_blocks(regions)
+    assert (block, len(starts), owners.tolist()) == (1024, 16, [0, 1, *[2] * 14])
+    covered = np.zeros(15_360, np.int32)
+    for start, counts in zip(starts, inside, strict=True):
+        covered[start * 128 : start * 128 + block] += counts
+    assert (covered == 1).all()
+    valid = np.zeros((3, 15_360), bool)
+    valid[0, [700, 15_359]], valid[1, :] = True, True
+    order, count, held = mosaic_tpu.prepare(jnp.asarray(valid), regions)
+    assert count.tolist() == [2, 16, 0] and held.sum(axis=(1, 2, 3)).tolist() == [2, 15_360, 0]
+    assert order.tolist() == [[1] + [15] * 15, list(range(16)), [0] * 16]
 
 
 def test_scores_stay_small_at_full_size():
@@ -223,3 +301,56 @@ def test_shares_of_the_decoding_kernel_are_joined(monkeypatch, length, fill, fre
     true_out, true_lse = direct(*positional, regions=REGIONS, **new)
     np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=0.01, rtol=0.01)  # bfloat16
     np.testing.assert_allclose(lse, true_lse, atol=1e-4)
+
+
+ON_FOUR_DEVICES = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
+from svlm_jax.kernels.ring_attention.mesh import over_mesh
+from svlm_jax.kernels.ring_attention.reference import ring_attention_reference
+from svlm_jax.sharding import make_mesh
+from test_ring_attention import REGIONS, inputs
+
+mesh, heads, streams = make_mesh(data=2, tensor=2), ("data", "tensor"), ("data",)
+cuts = {"q": ("data", None, None, "tensor"), "k": heads, "v": heads, "valid": streams, "self_k": heads, "self_v": heads, "self_valid": streams}
+
+def local(*arrays, plan, **static):
+    assert arrays[1].shape[:2] == (1, 2) and plan[0].shape[0] == 1, "each device has one of two streams and two of four heads"
+    return ring_attention_reference(*arrays, **static)
+
+@jax.jit
+def call(arrays):
+    plan = prepare(arrays["valid"], regions=REGIONS)["mosaic_tpu"]
+    return over_mesh(local, *(arrays[name] for name in cuts), plan=plan, regions=REGIONS)
+
+def put(arrays):
+    return {name: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*cuts[name]))) for name, a in arrays.items()}
+
+arrays = inputs(1, batch=2, heads=8, kv_heads=4, length=2)
+found = call(put(arrays))
+assert found[0].sharding.spec == PartitionSpec("data", None, "tensor"), found[0].sharding
+assert "all-gather" not in call.lower(put(arrays)).compile().as_text()
+for ours, theirs in zip(found, ring_attention(*list(arrays.values())[:4], regions=REGIONS, self_k=arrays["self_k"], self_v=arrays["self_v"],
+                                              self_valid=arrays["self_valid"], backend="reference"), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+@jax.jit
+def two_layers(q, k, v, valid, self_k, self_v, self_valid):
+    plan = prepare(valid, regions=REGIONS)
+    fresh = {"self_k": self_k, "self_v": self_v, "self_valid": self_valid}
+    for _ in range(2):
+        q += ring_attention(q, k, v, valid, regions=REGIONS, plan=plan, **fresh)[0][:, None]
+    return q
+
+small = put(inputs(1, batch=2, heads=8, kv_heads=4, length=2, head_dim=128, dtype=jnp.bfloat16))
+lowered = two_layers.trace(*small.values()).lower(lowering_platforms=("cuda",)).as_text()
+assert "mosaic_gpu" in lowered and "manual_computation" in lowered and lowered.count('"stablehlo.sort"') == 1
+"""
+
+
+def test_streams_and_heads_are_cut_over_a_mesh():
+    """And a plan that is made once is one sort, however many layers the GPU's kernels have."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, check=True, timeout=300)

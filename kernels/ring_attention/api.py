@@ -1,6 +1,7 @@
 """Attention of a few new tokens over a ring of cached slots: the contract, and the choice of a backend."""
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from svlm_jax.kernels.ring_attention.mesh import over_mesh
+
 Regions = tuple[tuple[int, int], ...]
+Plan = dict[str, tuple[jax.Array, ...]]  # by a backend's name, what that one made of validity bits
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +32,7 @@ def ring_attention(
     self_valid: jax.Array | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    plan: Plan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend to every valid slot, and causally to the new tokens themselves.
 
@@ -43,6 +48,7 @@ def ring_attention(
       self_valid: bool [B, T] which of the new tokens count as keys.
       scale: of the scores; H ** -0.5 by default.
       backend: a name in `BACKENDS`; None takes the first that accepts the call.
+      plan: what `prepare` made of the same `valid` and `regions`, for calls that share them; None: every call makes its own.
 
     Returns:
       out [B, T, N, H] in q.dtype, and the float32 log-sum-exp of the scores [B, T, N]. A row that has nothing to attend
@@ -53,9 +59,20 @@ def ring_attention(
       Unsupported: `backend` does not take this call; the message says why.
     """
     _check(q, k, v, valid, regions, self_k, self_v, self_valid)
-    call = _choose(q, k, self_k) if backend is None else _BACKENDS[backend].call
+    call = _choose(q, k, self_k) if backend is None else _BACKENDS[backend].bound(backend)
     with jax.named_scope("ring_attention"):
-        return call(q, k, v, valid, self_k, self_v, self_valid, regions=regions, scale=scale)
+        return call(q, k, v, valid, self_k, self_v, self_valid, plan or {}, regions=regions, scale=scale)
+
+
+def prepare(valid: jax.Array, *, regions: Regions) -> Plan:
+    """What backends make of validity bits before they look at keys, made once for the layers of a step. A compiler drops what is not used.
+
+    Args:
+      valid: bool [B, S].
+      regions: as for `ring_attention`.
+    """
+    with jax.named_scope("ring_plan"):
+        return {name: backend.prepare(valid, regions) for name, backend in _BACKENDS.items() if backend.prepare is not None}
 
 
 def _check(q, k, v, valid, regions, self_k, self_v, self_valid) -> None:
@@ -79,36 +96,51 @@ def _check(q, k, v, valid, regions, self_k, self_v, self_valid) -> None:
         raise ValueError(f"valid is {valid.dtype}, not bool")
 
 
-def _reference(*args, **kwargs):
-    from svlm_jax.kernels.ring_attention.reference import ring_attention_reference
+def _late(module: str, name: str) -> Callable:
+    """A function of a backend, imported where it is called: each pulls in its own part of Pallas."""
 
-    return ring_attention_reference(*args, **kwargs)
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(f"svlm_jax.kernels.ring_attention.{module}"), name)(*args, **kwargs)
 
-
-def _mosaic_gpu(*args, **kwargs):
-    from svlm_jax.kernels.ring_attention.mosaic_gpu import ring_attention_mosaic_gpu
-
-    return ring_attention_mosaic_gpu(*args, **kwargs)
+    return call
 
 
-def _check_mosaic_gpu(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
-    from svlm_jax.kernels.ring_attention.mosaic_gpu import check
-
-    check(q, k, self_k)
+def _reference(*arrays, plan, **static):
+    return _late("reference", "ring_attention_reference")(*arrays, **static)
 
 
 class _Backend(NamedTuple):
     platform: str | None  # as `jax.lax.platform_dependent` names it; None: any
     check: Callable  # raises Unsupported with the reason for which it does not take a call
-    call: Callable
+    call: Callable  # of the operands and its own plan
+    prepare: Callable | None  # what can be made of `valid` and `regions` alone
+
+    def bound(self, name: str) -> Callable:
+        """`call`, which picks its own plan."""
+
+        def call(q, k, v, valid, self_k, self_v, self_valid, plan, **static):
+            return self.call(q, k, v, valid, self_k, self_v, self_valid, plan=plan.get(name), **static)
+
+        return call
+
+
+def _mosaic(platform: str, module: str) -> _Backend:
+    call = functools.partial(over_mesh, _late(module, f"ring_attention_{module}"))
+    return _Backend(platform, _late(module, "check"), call, _late(module, "prepare"))
 
 
 # In the order in which they are tried
 _BACKENDS = {
-    "mosaic_gpu": _Backend("cuda", _check_mosaic_gpu, _mosaic_gpu),
-    "reference": _Backend(None, lambda q, k, self_k: None, _reference),
+    "mosaic_gpu": _mosaic("cuda", "mosaic_gpu"),
+    "mosaic_tpu": _mosaic("tpu", "mosaic_tpu"),
+    "reference": _Backend(None, lambda q, k, self_k: None, _reference, None),
 }
 BACKENDS = tuple(_BACKENDS)
+
+
+def backends(platform: str) -> tuple[str, ...]:
+    """Those that run on a platform, as devices name it: "cpu", "gpu" or "tpu"."""
+    return tuple(name for name, backend in _BACKENDS.items() if backend.platform in (None, {"gpu": "cuda"}.get(platform, platform)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -125,7 +157,7 @@ def _choose(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> Callable:
         except Unsupported as reason:
             _log_once(name, str(reason))
             continue
-        chosen.setdefault(backend.platform or "default", backend.call)
+        chosen.setdefault(backend.platform or "default", backend.bound(name))
     if len(chosen) == 1:
         return chosen["default"]
 

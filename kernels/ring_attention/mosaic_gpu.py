@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from svlm_jax.kernels.ring_attention.api import Regions, Unsupported
-from svlm_jax.kernels.ring_attention.tiles import visited_tiles
+from svlm_jax.kernels.ring_attention.tiles import HIDDEN, TILE, visited_tiles
 
 MULTIPROCESSORS = 132  # of an H100: one block each
 LOG2_E = math.log2(math.e)
@@ -36,18 +36,22 @@ def ring_attention_mosaic_gpu(
     *,
     regions: Regions,
     scale: float | None = None,
+    plan: tuple[jax.Array, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.ring_attention`. The chunk is padded to a multiple of 128 rows, which count as keys for nobody."""
+    """See `api.ring_attention`; `plan` is what `prepare` made of the same `valid` and `regions`.
+
+    The chunk is padded to a multiple of 128 rows, which count as keys for nobody.
+    """
     check(q, k, self_k)
     if q.shape[2] * q.shape[3] // k.shape[1] <= 64 and k.shape[2]:
-        return _few(q, k, v, valid, self_k, self_v, self_valid, regions=regions, scale=scale)
-    from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import GROUPS, HIDDEN, ROWS, TILE, Shapes, prefill
+        return _few(q, k, v, self_k, self_v, self_valid, prepare(valid, regions) if plan is None else plan, scale=scale)
+    from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import GROUPS, ROWS, Shapes, prefill
 
     assert self_k is not None and self_v is not None and self_valid is not None
     batch, copies, length, heads, head_dim = q.shape
     if not k.shape[2]:  # no cache at all: the kernel is given one tile, which it does not visit
         k, v = (jnp.zeros((batch, k.shape[1], TILE, head_dim), k.dtype) for _ in range(2))
-        valid, regions = jnp.zeros((batch, TILE), jnp.bool_), ((0, TILE),) * copies
+        plan = prepare(jnp.zeros((batch, TILE), jnp.bool_), ((0, TILE),) * copies)
     pad = -length % (GROUPS * ROWS)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
     self_k, self_v = (jnp.pad(a, ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (self_k, self_v))
@@ -62,19 +66,25 @@ def ring_attention_mosaic_gpu(
         dtype=jnp.dtype(q.dtype),
         scale=head_dim**-0.5 if scale is None else scale,
     )
-
-    def hidden(mask: jax.Array) -> jax.Array:
-        return jnp.where(mask, 0.0, HIDDEN).astype(jnp.float32)
-
-    tiles, first = visited_tiles(valid, regions)
-    out, lse = prefill(shapes, q, k, v, hidden(valid), self_k, self_v, hidden(self_valid), tiles, first)
+    tiles, first, hidden = prepare(valid, regions) if plan is None else plan
+    out, lse = prefill(shapes, q, k, v, hidden, self_k, self_v, _hidden(self_valid), tiles, first)
     return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
 
 
-def _few(q, k, v, valid, self_k, self_v, self_valid, *, regions, scale) -> tuple[jax.Array, jax.Array]:
+def _hidden(counts: jax.Array) -> jax.Array:
+    """What is added to the scores of slots: 0 where they count."""
+    return jnp.where(counts, 0.0, HIDDEN).astype(jnp.float32)
+
+
+def prepare(valid: jax.Array, regions: Regions) -> tuple[jax.Array, ...]:
+    """`visited_tiles`, and float32 [B, S] what is added to the score of a slot."""
+    return *visited_tiles(valid, regions), _hidden(valid)
+
+
+def _few(q, k, v, self_k, self_v, self_valid, plan, *, scale) -> tuple[jax.Array, jax.Array]:
     """At most 64 query rows a key-value head: the cache by the decoding kernel, shares and new tokens joined in float32."""
     from svlm_jax.kernels.ring_attention.mosaic_gpu_decode import DecodeShapes, decode
-    from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import HIDDEN, ROWS, TILE
+    from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ROWS
 
     batch, copies, length, heads, head_dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
@@ -91,9 +101,9 @@ def _few(q, k, v, valid, self_k, self_v, self_valid, *, regions, scale) -> tuple
         dtype=jnp.dtype(q.dtype),
         scale=scale,
     )
-    tiles, first = visited_tiles(valid, regions)
+    tiles, first, hidden = plan
     padded = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - count), (0, 0)))
-    sums, peak, total = decode(shapes, padded, k, v, jnp.where(valid, 0.0, HIDDEN).astype(jnp.float32), tiles, first)
+    sums, peak, total = decode(shapes, padded, k, v, hidden, tiles, first)
     sums, peak, total = sums[..., :count, :], peak[..., :count], total[..., :count]
     highest, summed, weighed = jnp.max(peak, axis=2), jnp.zeros_like(sums[:, :, 0]), jnp.zeros_like(total[:, :, 0])
     if self_k is not None and self_v is not None and self_valid is not None:

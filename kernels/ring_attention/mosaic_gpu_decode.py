@@ -15,7 +15,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ACC, LOWEST, ROWS, TILE, load
+from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ACC, ROWS, load
+from svlm_jax.kernels.ring_attention.tiles import LOWEST, TILE
 
 STAGES = 2
 

@@ -14,12 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from svlm_jax.kernels.ring_attention.tiles import HIDDEN, LOWEST, TILE
+
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # public, as jax documents it
 ROWS = 64  # query rows of a warpgroup
 GROUPS = 2  # warpgroups that compute
-TILE = 128  # keys a step
-HIDDEN = -1e30  # added to the score of a slot that is not valid
-LOWEST = -1e29  # the running maximum's start: above HIDDEN, so that hidden keys weigh exactly 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tiles of slots that hold anything: what a kernel visits, region by region."""
+"""What the kernels share: tiles of slots that hold anything, which they visit region by region, and how a slot is hidden."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,8 @@ import numpy as np
 from svlm_jax.kernels.ring_attention.api import Regions
 
 TILE = 128
+HIDDEN = -1e30  # the score of a slot that does not count, or what is added to it
+LOWEST = -1e29  # where a running maximum starts: above HIDDEN, so that hidden keys weigh exactly 0
 
 
 def visited_tiles(valid: jax.Array, regions: Regions) -> tuple[jax.Array, jax.Array]:

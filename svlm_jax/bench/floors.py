@@ -25,17 +25,18 @@ class Work:
         return 1e3 * max(self.bytes / (ceilings.copy_tbps * 1e12), self.operations / (ceilings.matmul_tflops * 1e12))
 
 
-def floors(spec: StreamSpec, ceilings: Ceilings, *, streams: int, cached_tokens: float, dtype: Any) -> dict[str, float]:
+def floors(spec: StreamSpec, ceilings: Ceilings, *, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None) -> dict[str, float]:
     """Milliseconds of each stage at least: vision, prefill, decode_step, first_word, round.
 
     Args:
       cached_tokens: valid slots of one stream at the end of a round.
       dtype: of the weights, and of keys and values.
+      weight_dtype: of the decoder's products and the head, where they are kept in another.
     """
     work = {
         "vision": vision_work(spec, streams, dtype),
-        "prefill": prefill_work(spec, streams, cached_tokens, dtype),
-        "decode_step": decode_work(spec, streams, cached_tokens, dtype),
+        "prefill": prefill_work(spec, streams, cached_tokens, dtype, weight_dtype),
+        "decode_step": decode_work(spec, streams, cached_tokens, dtype, weight_dtype),
     }
     out = {name: w.milliseconds(ceilings) for name, w in work.items()}
     out["first_word"] = out["vision"] + out["prefill"]
@@ -58,7 +59,7 @@ def vision_work(spec: StreamSpec, streams: int, dtype: Any) -> Work:
     return Work((products + merger) * jnp.dtype(dtype).itemsize, operations)
 
 
-def prefill_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any) -> Work:
+def prefill_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None) -> Work:
     """A round's chunk, its padding counted, through the decoder over what is cached, and one row through the head. Of the
     embedding a few rows are read, which count as nothing.
 
@@ -66,21 +67,21 @@ def prefill_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: An
     """
     before_turn = cached_tokens - (spec.stream.max_new_tokens - 1)
     rows = before_turn if spec.stream.mode == "recompute" else spec.cache.chunk_rows
-    return _decoder_work(spec, streams, rows, max(0.0, before_turn - rows), dtype)
+    return _decoder_work(spec, streams, rows, max(0.0, before_turn - rows), dtype, weight_dtype)
 
 
-def decode_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any) -> Work:
+def decode_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None) -> Work:
     """One token of every stream."""
-    return _decoder_work(spec, streams, 1, cached_tokens, dtype)
+    return _decoder_work(spec, streams, 1, cached_tokens, dtype, weight_dtype)
 
 
-def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any) -> Work:
+def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any, weight_dtype: Any) -> Work:
     t = spec.model.text
     layers, head_dim = t.num_hidden_layers, t.head_dim or 0
     cache = streams * past * 2 * layers * t.num_key_value_heads * head_dim * jnp.dtype(dtype).itemsize
     products = 2 * (rows * layers * layer_parameters(t) + t.vocab_size * t.hidden_size)
     attention = 4 * t.num_attention_heads * head_dim * layers * rows * (past + rows / 2)
-    weights = (layers * layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(dtype).itemsize
+    weights = (layers * layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(weight_dtype or dtype).itemsize
     return Work(weights + cache, streams * (products + attention))
 
 

@@ -38,7 +38,8 @@ from svlm_jax.configs.models import MODELS
 from svlm_jax.data import video
 from svlm_jax.errors import UserError
 from svlm_jax.model.layers import Declare
-from svlm_jax.model.qwen_vl import abstract_params, init_params
+from svlm_jax.model.quantized import KINDS, Quantization, quantize
+from svlm_jax.model.qwen_vl import abstract_params, compute_dtype, init_params
 from svlm_jax.model.text import DecoderLayer
 from svlm_jax.model.vision import VisionBlock
 from svlm_jax.programs import Programs
@@ -48,7 +49,7 @@ from svlm_jax.streaming.step import compiled
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params, UInt8
 
-WEIGHTS = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+WEIGHTS = {"bf16": (jnp.bfloat16, None), "f32": (jnp.float32, None), "int8": (jnp.bfloat16, "int8"), "fp8": (jnp.bfloat16, "fp8")}
 CLIP_SECONDS, CLIP_RATE = 12, 25
 SETTLED = 50  # rounds until the host's memory is looked at first
 PROGRESS_SECONDS = 5.0
@@ -120,7 +121,7 @@ def filler(tokenizer: Tokenizer, count: int) -> str:
 
 def load_model(name: str, weights: str, log: Log) -> Model:
     """Random weights of a published size, or the checkpoint in a directory; turns cannot close."""
-    start, dtype = time.perf_counter(), WEIGHTS[weights]
+    start, (dtype, kind) = time.perf_counter(), WEIGHTS[weights]
     if name in MODELS:
         config, tokenizer = MODELS[name](), Tokenizer.load(Path(demo.__file__).with_name("tiny"))
         params = random_params(config, jax.random.key(0), dtype)
@@ -130,6 +131,8 @@ def load_model(name: str, weights: str, log: Log) -> Model:
         found = load(name, dtype=dtype)
         config, tokenizer, params = found.config, found.tokenizer, found.params
     never_close(config, params, tokenizer.special("<|im_end|>"))
+    if kind is not None:
+        params = quantize(params, Quantization(kind))
     jax.block_until_ready(params)
     size = sum(a.size for a in jax.tree.leaves(params)) / 1e6
     log(f"{name} {weights}: {size:,.2f} million parameters in {time.perf_counter() - start:.1f} s")
@@ -301,7 +304,7 @@ def _run(
     model: Model, load: Load, ceilings: Ceilings, log: Log, engine: TimedEngine, viewer: Viewer, compilations: Compilations
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    programs = Programs(engine.spec, model.params, jax.tree.leaves(model.params)[0].dtype, [False], streams=load.streams)
+    programs = Programs(engine.spec, model.params, compute_dtype(model.params), [False], streams=load.streams)
     programs.wait("open_stream", "decode", False)
     programs.close()
     log(f"three programs compiled after {time.perf_counter() - start:.1f} s")
@@ -349,7 +352,9 @@ def _run(
     tenth = max(1, count // 10)
     took, median_cached = milliseconds.pop("round"), float(np.median(cached))
     first_word = percentiles(milliseconds.pop("first_word"))
-    least = floors(engine.spec, ceilings, streams=load.streams, cached_tokens=median_cached, dtype=jax.tree.leaves(model.params)[0].dtype)
+    dtype, kind = WEIGHTS[model.weights]
+    eight = None if kind is None else KINDS[kind][0]
+    least = floors(engine.spec, ceilings, streams=load.streams, cached_tokens=median_cached, dtype=dtype, weight_dtype=eight)
     settings = dataclasses.asdict(load)
     return {
         **surroundings(),

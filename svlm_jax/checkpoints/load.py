@@ -22,6 +22,8 @@ from svlm_jax.checkpoints.run_form import described_in, is_run, last_step, load_
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import Quantization, as_quantization, quantize_weight
+from svlm_jax.model.quantized import quantize as quantize_params
 from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params
@@ -42,7 +44,13 @@ class LoadedModel:
 
 
 def load(
-    path: str | Path, *, dtype: Any = None, stacked: bool = False, shardings: Any = None, progress: Progress | None = None
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    stacked: bool = False,
+    shardings: Any = None,
+    quantize: str | Quantization | None = None,
+    progress: Progress | None = None,
 ) -> LoadedModel:
     """The model in a directory of Hugging Face's or Orbax's form, or the one of that name (`org/name`) in the local Hub cache or on the Hub.
 
@@ -56,7 +64,7 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model embeds {config.text.vocab_size}: "
             "use the tokenizer files that belong to these weights"
         )
-    params = load_params(folder, config, dtype=dtype, stacked=stacked, shardings=shardings, progress=progress)
+    params = load_params(folder, config, dtype=dtype, stacked=stacked, shardings=shardings, quantize=quantize, progress=progress)
     return LoadedModel(config, params, tokenizer, folder)
 
 
@@ -100,6 +108,7 @@ def load_params(
     dtype: Any = None,
     stacked: bool = False,
     shardings: Any = None,
+    quantize: str | Quantization | None = None,
     progress: Progress | None = None,
 ) -> Params:
     """The parameters of the checkpoint in directory `path`, laid out as `model.qwen_vl.init_params` lays them out.
@@ -109,15 +118,26 @@ def load_params(
       stacked: whether the decoder's layers become one stacked layer.
       shardings: where parameters go: None (the default device), one `jax.Device` or `jax.sharding.Sharding` for all, or a
         tree of shardings like the parameters. Each shard is read on its own, from the bytes that it needs.
+      quantize: which weights to keep in eight bits, "int8" or "fp8" for the default ones: each is made so as soon as it is on
+        its devices.
       progress: called with (bytes done, bytes in total) after every parameter.
 
     Raises UserError, before anything is allocated, where files and config do not match in every tensor.
     """
-    places = _places(config, stacked, shardings)
+    places, wanted = _places(config, stacked, shardings), as_quantization(quantize)
+    tied = config.text.tie_word_embeddings
+
+    def keep(path: Path_, array: Array) -> Any:
+        axes = None if wanted is None else wanted.inputs(path, array.ndim, tied=tied)
+        return array if wanted is None or axes is None else quantize_weight(array, wanted.kind, axes)
+
     if is_orbax(Path(path)):
-        return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
+        if wanted is not None and stacked:  # layers are read one by one, and stacked at the end
+            return quantize_params(load_params(path, config, dtype=dtype, stacked=True, shardings=shardings, progress=progress), wanted)
+        return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
     if is_run(Path(path)):
-        return load_run(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
+        params = load_run(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
+        return params if wanted is None else quantize_params(params, wanted)
     targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     params: Params = {}
     total, done, files = sum(target.nbytes for target in targets), 0, Mapped()
@@ -128,7 +148,7 @@ def load_params(
             if previous is not None:
                 previous.block_until_ready()  # host memory of a parameter is free once it has arrived
             previous = array
-            _put(params, target.path, array)
+            _put(params, target.path, keep(target.path, array))
             done += target.nbytes
             if progress is not None:
                 progress(done, total)
@@ -183,7 +203,7 @@ def assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Execut
     return out
 
 
-def _put(params: Any, path: Path_, array: Array) -> None:
+def _put(params: Any, path: Path_, array: Any) -> None:
     for key in path[:-1]:
         params = params.setdefault(key, {})
     params[path[-1]] = array

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from svlm_jax.checkpoints.plan import Path_, leaves, some
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
-from svlm_jax.types import Params
+from svlm_jax.types import Array, Params
 
 PARAMS = "params"
+Keep = Callable[[Path_, Array], Any]  # what is kept of a parameter that has been read
 CHUNK_BYTES = 32 << 20
 GROUP_BYTES = 512 << 20  # of parameters read or written together
 MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
@@ -112,11 +113,14 @@ def leaf_details(folder: Path) -> list[tuple[np.dtype, int, int]]:
     return details
 
 
-def load_orbax(folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], progress: Any = None) -> Params:
+def load_orbax(
+    folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
+) -> Params:
     """The parameters of `folder` on their devices; each device's chunks alone are read.
 
     Args:
       places: the sharding of every parameter, in the layout that is asked for; None is the default device.
+      keep: what is kept of a parameter, by itself, once it is on its devices.
     """
     source = OrbaxSource(folder, config, dtype=dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -126,7 +130,7 @@ def load_orbax(folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, 
         wanted = [(path, jax.ShapeDtypeStruct(source.shapes[path], source.dtype, sharding=_place(path, places, stacked) or default)) for path in group]
         found = dict(leaves(_read(folder, _tree(wanted))))
         for path in group:
-            _put(params, path, found.pop(_words(path)))
+            _put(params, path, keep(path, found.pop(_words(path))))
             done += math.prod(source.shapes[path]) * source.dtypes[path].itemsize
         if progress is not None:
             progress(done, total)

@@ -19,6 +19,7 @@ from svlm_jax.checkpoints.staging import refuse_existing, staged
 from svlm_jax.checkpoints.stream_settings import FILE as STREAM_SETTINGS
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import is_quantized
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Params
@@ -52,6 +53,8 @@ def save_params(
     """
     folder = Path(path)
     refuse_existing(folder)
+    if is_quantized(params):
+        raise UserError("quantized weights are not saved, but made anew at every start: save the parameters as they were loaded, not quantized")
     dtype = _check(params, config)
     source = None if tokenizer_files_from is None else Path(tokenizer_files_from)
     described = write_config(config, TokenIds.of(Tokenizer.load(source)) if source else None, dtype=dtype.name)

@@ -101,6 +101,7 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
         args.model,
         weights=args.weights,
         dtype=args.dtype,
+        quantize=args.quantize,
         start=args.start,
         duration=args.duration,
         questions=[(when, text) for text, when in args.questions],
@@ -119,7 +120,9 @@ def _describe(commentary: "Commentary") -> str:
     elif s.mode == "full":
         memory = f"room for {s.capacity_rounds} rounds"
     seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {len(spec.clip_tokens) - 2} tokens a round"
-    where = f"{spec.model.name} in {commentary.dtype} on {jax.devices()[0].device_kind}"
+    kind = commentary.checkpoint.quantization.kind if commentary.checkpoint and commentary.checkpoint.quantization else None
+    precision = f"{commentary.dtype} with {kind} weights" if kind else f"{commentary.dtype}"
+    where = f"{spec.model.name} in {precision} on {jax.devices()[0].device_kind}"
     return f"{Path(commentary.source).name}: {seen}; {s.mode}, {memory}; {where}"
 
 

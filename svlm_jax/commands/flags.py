@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face model directory, or a name on the Hub (default: the bundled one)")
     parser.add_argument("--weights", metavar="DIR", help="take the weights from here; config and tokenizer stay those of --model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
+    eight = "keep the weights of the decoder's products and of the head in 8 bits, a scale for each output (default: off)"
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help=eight)
     out = "also write the captions to a .vtt, .srt or .jsonl file; repeatable"
     parser.add_argument("--out", metavar="FILE", type=_out, action="append", default=[], help=out)
     parser.add_argument("--start", metavar="SECONDS", type=_not_negative, default=0.0, help="where to begin (default: 0)")

@@ -54,7 +54,8 @@ def _run_block(
     kinds = (segments if full else valid.astype(jnp.int32)).reshape(count, -1)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        return attention(*(a.reshape(count, -1, *a.shape[3:]) for a in (q, k, v)), kinds).reshape(q.shape)
+        flat = (count, -1, *q.shape[3:])
+        return attention(q.reshape(flat), k.reshape(flat), v.reshape(flat), kinds).reshape(q.shape)
 
     return block(x, Rotation(cos, sin), None, full=full, attend=attend)
 

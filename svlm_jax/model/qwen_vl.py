@@ -37,10 +37,14 @@ def is_stacked(params: Params) -> bool:
     return "qkv" in params["text"].get("layers", {})
 
 
+def compute_dtype(params: Params) -> Any:
+    """Of activations: that of the parameters which are never quantized."""
+    return params["text"]["norm"].dtype
+
+
 def bind(config: ModelConfig, params: Params) -> QwenVL:
     """The module of `config` with `params` in it; cheap, made anew inside every traced function."""
-    dtype = jax.tree.leaves(params)[0].dtype
-    graphdef, _ = _abstract(config, jnp.dtype(dtype).name, is_stacked(params))
+    graphdef, _ = _abstract(config, jnp.dtype(compute_dtype(params)).name, is_stacked(params))
     return nnx.merge(graphdef, params)
 
 

@@ -15,18 +15,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from svlm_jax.config import TextConfig
 from svlm_jax.model.layers import Declare, fan_in, ones, rms_norm, zeros
+from svlm_jax.model.quantized import product as weight_product
+from svlm_jax.model.quantized import rows
 from svlm_jax.types import Array, Float, Int
 
-Product = Callable[[str, str, Array, Array], Array]  # the weight's name, an einsum, what goes in, the weight
+Product = Callable[[str, str, Array, Any], Array]  # the weight's name, an einsum, what goes in, the weight
 Attend = Callable[
     [Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
     Float[Array, "B T N H"],
 ]
 
 
-def plain_product(name: str, spec: str, x: Array, weight: Array) -> Array:
+def plain_product(name: str, spec: str, x: Array, weight: Any) -> Array:
     """A layer's product as it is; `training.lora` adds to some of them by name."""
-    return jnp.einsum(spec, x, weight)
+    return weight_product(spec, x, weight)
 
 
 class DecoderLayer(nnx.Module):
@@ -79,9 +81,9 @@ class Decoder(nnx.Module):
             self.head = declare((c.hidden_size, c.vocab_size), ("embed", "vocab"), fan_in(-2))
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self.embedding[...][tokens]
+        return rows(self.embedding[...], tokens, self.norm[...].dtype)
 
-    def ends(self) -> tuple[Array, Array]:
+    def ends(self) -> tuple[Array, Any]:
         """The final norm's weights and the head's, which are the embedding's where it is tied."""
         return self.norm[...], (self.embedding if self.config.tie_word_embeddings else self.head)[...]
 
@@ -90,10 +92,10 @@ class Decoder(nnx.Module):
         return word_logits(self.config, self.ends(), x)
 
 
-def word_logits(config: TextConfig, ends: tuple[Array, Array], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+def word_logits(config: TextConfig, ends: tuple[Array, Any], x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 logits of the last layer's output, by the weights of `Decoder.ends`."""
     norm, head = ends
     with jax.named_scope("head"):
         x = rms_norm(x, norm, config.rms_norm_eps)
         spec = "...d,vd->...v" if config.tie_word_embeddings else "...d,dv->...v"
-        return jnp.einsum(spec, x, head, preferred_element_type=jnp.float32)
+        return weight_product(spec, x, head, jnp.float32)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from svlm_jax.config import VisionConfig
 from svlm_jax.model.layers import Declare, fan_in, layer_norm, once, ones, rms_norm, zeros
+from svlm_jax.model.quantized import product
 from svlm_jax.model.rope import Rotation, rotate, vision_rotation
 from svlm_jax.types import Array, Bool, Float, Int, UInt8
 
@@ -117,15 +118,15 @@ class VisionBlock(nnx.Module):
         epsilon = self.config.rms_norm_eps
         with jax.named_scope("full_attention" if full else "window_attention"):
             y = normalise(x, self.attention_norm, self.attention_norm_bias, epsilon)
-            q, k, v = jnp.moveaxis(jnp.einsum("bwpe,ecnh->bwpcnh", y, self.qkv[...]) + self.qkv_bias[...], 3, 0)
+            q, k, v = jnp.moveaxis(product("bwpe,ecnh->bwpcnh", y, self.qkv[...]) + self.qkv_bias[...], 3, 0)
             q, k = rotate(q, rotation), rotate(k, rotation)
             seen = attend(q, k, v) if attend else _attend(q, k, v, valid, full=full)
             heads = seen.reshape(*x.shape[:-1], -1)
-            x = x + jnp.einsum("bwpn,ne->bwpe", heads, self.out[...].reshape(heads.shape[-1], -1)) + self.out_bias[...]
+            x = x + product("bwpn,ne->bwpe", heads, self.out[...].reshape(heads.shape[-1], -1)) + self.out_bias[...]
         with jax.named_scope("mlp"):
             y = normalise(x, self.mlp_norm, self.mlp_norm_bias, epsilon)
-            gate_up = jnp.einsum("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
-            return x + jnp.einsum("bwpf,fe->bwpe", activate(gate_up), self.down[...]) + self.down_bias[...]
+            gate_up = product("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
+            return x + product("bwpf,fe->bwpe", activate(gate_up), self.down[...]) + self.down_bias[...]
 
 
 def _attend(q: Array, k: Array, v: Array, valid: Array | None, *, full: bool) -> Array:
@@ -199,6 +200,6 @@ class VisionTower(nnx.Module):
         with jax.named_scope("merger"):
             x = normalise(x, self.merger_norm, self.merger_norm_bias, c.rms_norm_eps)
             x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order]
-            x = jnp.einsum("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
+            x = product("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
             x = jax.nn.gelu(x, approximate=False)
-            return jnp.einsum("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]
+            return product("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]

@@ -13,6 +13,7 @@ from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.demo.make_tiny import tiny_path
+from svlm_jax.model.quantized import Quantization, quantized_shapes, quantized_shardings
 from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.planning import compiling
 from svlm_jax.planning.chips import Topology
@@ -36,13 +37,13 @@ def stream_spec(model: ModelConfig, config: StreamConfig, *, height: int = 560, 
     return make_spec(model, config, Tokenizer.load(tiny_path()), height=height, width=width)
 
 
-def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1) -> dict[str, tuple[Any, ...]]:
+def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1, quantization: Quantization | None = None) -> dict[str, tuple[Any, ...]]:
     """Shapes of each program's arguments; the donated state is first in `evict` and second elsewhere."""
 
     def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    params, state = abstract_params(spec.model, dtype=dtype), state_shapes(spec, streams, dtype)
+    params, state = quantized_shapes(abstract_params(spec.model, dtype=dtype), quantization), state_shapes(spec, streams, dtype)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
     frames = shape(streams, spec.stream.frames_per_round, 3, spec.height, spec.width, dtype=jnp.uint8)
     room = spec.stream.question_capacity
@@ -56,20 +57,23 @@ def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1) -> dict[str, tu
     }
 
 
-def place(spec: StreamSpec, mesh: Mesh, argument: Any) -> Any:
+def place(spec: StreamSpec, mesh: Mesh, argument: Any, quantization: Quantization | None = None) -> Any:
     """An argument's shapes with their shardings: parameters and state by the table, all else on every device."""
     if isinstance(argument, StreamState):
         shardings = state_shardings(argument, mesh)
     elif isinstance(argument, dict):
-        shardings = param_shardings(spec.model, mesh)
+        shardings = quantized_shardings(param_shardings(spec.model, mesh), quantization)
     else:
         shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), argument)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), argument, shardings)
 
 
-def lower_program(spec: StreamSpec, name: str, mesh: Mesh, dtype: Any = jnp.bfloat16, *, streams: int = 1) -> jax.stages.Lowered:
+def lower_program(
+    spec: StreamSpec, name: str, mesh: Mesh, dtype: Any = jnp.bfloat16, *, streams: int = 1, quantization: Quantization | None = None
+) -> jax.stages.Lowered:
     """One program, with the state donated, for the devices of a mesh."""
-    args = tuple(place(spec, mesh, argument) for argument in arguments(spec, dtype, streams=streams)[name])
+    shapes = arguments(spec, dtype, streams=streams, quantization=quantization)[name]
+    args = tuple(place(spec, mesh, argument, quantization) for argument in shapes)
     state = next(i for i, argument in enumerate(args) if isinstance(argument, StreamState))
     return jax.jit(PROGRAMS[name], donate_argnums=state).lower(*args)
 

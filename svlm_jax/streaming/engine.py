@@ -13,6 +13,7 @@ import numpy as np
 
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.qwen_vl import compute_dtype
 from svlm_jax.streaming.layout import StreamSpec
 from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, spoken_ids, time_capacity
 from svlm_jax.streaming.state import Prompt, StreamState, Turn, init_state
@@ -91,7 +92,7 @@ class Engine:
 
     def __init__(self, params: Params, spec: StreamSpec, tokenizer: Tokenizer, *, streams: int = 1, dtype=None, state: StreamState | None = None):
         self.params, self.spec, self.tokenizer = params, spec, tokenizer
-        self.state = init_state(spec, streams, dtype or jax.tree.leaves(params)[0].dtype) if state is None else state
+        self.state = init_state(spec, streams, dtype or compute_dtype(params)) if state is None else state
         self._keys = [jax.random.key(spec.stream.seed) for _ in range(streams)]
         self._key = jnp.stack(self._keys)
         self._rows: dict[int, _Row] = {}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.kernels.ring_attention.api import ring_attention
+from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
 from svlm_jax.model.layers import once, take_layer
 from svlm_jax.model.qwen_vl import QwenVL, bind
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
@@ -77,21 +77,22 @@ def _prefill(model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B
     slots = tuple(jnp.asarray(run.slot, jnp.int32) for run in chunk.runs)
     only = tuple(run.only for run in chunk.runs)
     shape = tuple((run.row, run.rows) for run in chunk.runs)
+    plan = prepare(state.valid, regions=cache.regions)
     ks, vs = list(state.k), list(state.v)
     for index in range(len(ks)):
-        layer, past = take_layer(model.text.layers, index), (ks[index], vs[index], state.valid)
+        layer, past = take_layer(model.text.layers, index), (ks[index], vs[index], state.valid, plan)
         x, ks[index], vs[index] = _layer(layer, x, *past, query_turn, key_turn, chunk.valid, slots, only, regions=cache.regions, shape=shape)
     return x, state.replace(k=tuple(ks), v=tuple(vs))
 
 
-def _cached_layer(layer, x, k, v, valid, query_turn, key_turn, fresh_valid, slots, only, *, regions, shape):
+def _cached_layer(layer, x, k, v, valid, plan, query_turn, key_turn, fresh_valid, slots, only, *, regions, shape):
     """One layer over its cache: x [B, T, D] and the layer's k and v [B, K, S, H], with the new tokens in their runs."""
     written = []
 
     def attend(q, fresh_k, fresh_v):
         q = rotate(q[:, None], query_turn)
         fresh_k, fresh_v = jnp.swapaxes(rotate(fresh_k, key_turn), 1, 2), jnp.swapaxes(fresh_v, 1, 2)
-        out, _ = ring_attention(q, k, v, valid, regions=regions, self_k=fresh_k, self_v=fresh_v, self_valid=fresh_valid)
+        out, _ = ring_attention(q, k, v, valid, regions=regions, self_k=fresh_k, self_v=fresh_v, self_valid=fresh_valid, plan=plan)
         runs = [Run(row, count, slot, streams) for (row, count), slot, streams in zip(shape, slots, only, strict=True)]
         with jax.named_scope("append"):
             written.extend(_append(cache, rows, runs) for cache, rows in ((k, fresh_k), (v, fresh_v)))

@@ -1,0 +1,83 @@
+"""`svlm bench kernels`: ring attention at the 7B model's heads, each backend of this machine beside XLA's products and cuDNN.
+
+Every backend is compared with the reference in float32 before it is timed. A size's floor is the longer of its bytes over the
+device's copies and its operations over the device's matrix products, both measured in this run.
+"""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from svlm_jax.bench.ceilings import Ceilings
+from svlm_jax.bench.ceilings import measure as measure_ceilings
+from svlm_jax.bench.floors import Work
+from svlm_jax.bench.report import surroundings, write_json
+from svlm_jax.errors import UserError
+from svlm_jax.kernels.bench import measure
+
+SINK, WORDS = 640, 1152  # where the first two regions of the default windows end
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that take several values make a row for every combination."""
+    parser.add_argument("--slots", type=int, nargs="+", default=[2048, 15_360, 65_536], help=f"of the cache, multiples of 128 above {WORDS}")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 768], help="new ones")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1], help="streams in one batch")
+    parser.add_argument("--layers", type=int, default=8, help="caches that a program cycles through, so that none stays in fast memory")
+    parser.add_argument("--json", metavar="FILE", help="write the results: an object, or a list of several")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Every combination of the flags, each row as it comes."""
+    for name, least in (("tokens", 1), ("streams", 1)):
+        if min(getattr(args, name)) < least:
+            raise UserError(f"--{name} must be at least {least}, not {min(getattr(args, name))}")
+    if args.layers < 1:
+        raise UserError(f"--layers must be at least 1, not {args.layers}")
+    for slots in args.slots:
+        if slots % 128 or slots <= WORDS:
+            raise UserError(f"--slots must be a multiple of 128 above {WORDS}, not {slots}")
+    ceilings = measure_ceilings()
+    print(f"ceilings: copy {ceilings.copy_tbps:.3g} TB/s, matrix product {ceilings.matmul_tflops:.4g} TFLOP/s", file=sys.stderr, flush=True)
+    print(f"{'slots':>7}{'tokens':>8}{'streams':>9}  {'backend':<12}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'of floor':>10}{'error':>10}")
+    results: list[dict[str, Any]] = []
+    for slots in args.slots:
+        for tokens in args.tokens:
+            for streams in args.streams:
+                regions = ((0, SINK), (SINK, WORDS), (WORDS, slots))
+                record = measure(streams=streams, tokens=tokens, regions=regions, layers=args.layers)
+                results.append(surroundings() | {"ceilings": dataclasses.asdict(ceilings)} | rated(record, ceilings))
+                print("\n".join(rows(results[-1])), flush=True)
+                if args.json:
+                    write_json(args.json, results)
+    return 0
+
+
+def rated(record: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
+    """A record of `kernels.bench.measure` with every time also as rates, and as the floor's share of it."""
+    work = Work(record["bytes"], record["operations"])
+    floor = 1e3 * work.milliseconds(ceilings)
+
+    def rates(found: Any) -> Any:
+        if not isinstance(found, dict) or "us" not in found:
+            return found
+        us = found["us"]
+        return found | {"tbps": work.bytes / us / 1e6, "tflops": work.operations / us / 1e6, "of_floor": floor / us}
+
+    return {name: rates(found) for name, found in record.items()} | {"floor_us": floor}
+
+
+def rows(record: dict[str, Any]) -> list[str]:
+    """A line for every backend."""
+    lines = []
+    for name, found in record.items():
+        if not isinstance(found, dict) or not found.keys() & {"us", "unsupported"}:
+            continue
+        start = f"{record['slots']:>7}{record['tokens']:>8}{record['streams']:>9}  {'XLA' if name == 'reference' else name:<12}"
+        if "unsupported" in found:
+            lines.append(start + found["unsupported"])
+            continue
+        error = f"{found['relative_error']:>10.1e}" if "relative_error" in found else f"{'':>10}"
+        lines.append(start + f"{found['us']:>10.1f}{found['tbps']:>8.3f}{found['tflops']:>9.1f}{100 * found['of_floor']:>9.0f}%{error}")
+    return lines

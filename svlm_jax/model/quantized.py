@@ -1,0 +1,173 @@
+"""Weights in eight bits: int8 or float8_e4m3fn numbers, and one float32 scale for every output channel.
+
+A product multiplies by the numbers as they are, converted where they are read, and scales its output: no copy of the weight in a
+wider type is made, so a decoding step reads half the bytes of bfloat16. What goes in and comes out, and the cache, stay as they were.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from svlm_jax.errors import UserError
+from svlm_jax.types import Array, Params
+
+KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}  # the type, and the largest number that is used of it
+PARTS = ("decoder", "head", "vision")
+LAYER = ("qkv", "out", "gate_up", "down")  # products of a decoder layer, and of a block of the vision tower
+MERGER = ("merger_in", "merger_out")
+Path_ = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What of a model is kept in eight bits. By default what every decoding step reads."""
+
+    kind: str
+    parts: tuple[str, ...] = ("decoder", "head")
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"weights cannot be quantized to {self.kind!r}: the kinds are {', '.join(KINDS)}")
+        unknown = sorted(set(self.parts) - set(PARTS))
+        if unknown or not self.parts:
+            raise UserError(f"{unknown[0] if unknown else 'no part'!r} cannot be quantized: the parts are {', '.join(PARTS)}")
+
+    def inputs(self, path: Path_, ndim: int, *, tied: bool) -> tuple[int, ...] | None:
+        """The axes that products sum over, for a weight that is quantized; None for any other parameter.
+
+        Args:
+          path: of the parameter in the tree.
+          tied: whether the embedding is the head too.
+        """
+        tower, name = path[0], path[-1]
+        if tower == "vision":
+            chosen = "vision" in self.parts and (name in LAYER if path[1] == "blocks" else name in MERGER)
+        elif path[1] == "layers":
+            chosen = "decoder" in self.parts and name in LAYER
+        else:
+            chosen = "head" in self.parts and name == ("embedding" if tied else "head")
+        if not chosen:
+            return None
+        first = 1 if path[:2] == ("text", "layers") and len(path) == 3 else 0  # stacked layers
+        if name == "embedding":
+            return (1,)
+        return tuple(range(first, ndim - 1)) if name == "out" else (first,)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """One weight. Stands in the parameter tree where the array stood; also holds shapes, or shardings, of the two."""
+
+    values: Any  # in the weight's shape
+    scale: Any  # float32, in the shape of the axes that are not summed over
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __getitem__(self, index: Any) -> "Quantized":
+        """All of it, as modules ask for their parameters: `weight[...]`."""
+        assert index is ..., "a quantized weight is used whole"
+        return self
+
+    def reshape(self, *shape: int) -> "Quantized":
+        """The axes that are summed over as one; the last one stays."""
+        return dataclasses.replace(self, values=self.values.reshape(*shape))
+
+
+def product(spec: str, x: Array, weight: Any, out_dtype: Any = None) -> Array:
+    """An einsum of activations and a weight, plain or quantized, whose result ends in the weight's output axes in their order.
+
+    Args:
+      out_dtype: of the sum and of the result; None: as `jnp.einsum` has it.
+    """
+    if not isinstance(weight, Quantized):
+        return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
+    out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (out * weight.scale).astype(out_dtype or x.dtype)
+
+
+def rows(embedding: Any, index: Array, dtype: Any) -> Array:
+    """Rows of an embedding, plain or quantized (which happens to one that is the head too)."""
+    if not isinstance(embedding, Quantized):
+        return embedding[index]
+    return (embedding.values[index].astype(jnp.float32) * embedding.scale[index][..., None]).astype(dtype)
+
+
+def as_quantization(asked: str | Quantization | None) -> Quantization | None:
+    """A kind alone stands for the default parts."""
+    return Quantization(asked) if isinstance(asked, str) else asked
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "axes"))
+def _quantize(weight: Array, kind: str, axes: tuple[int, ...]) -> Quantized:
+    dtype, limit = KINDS[kind]
+    wide = weight.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / limit)
+    values = wide / scale
+    values = jnp.round(values) if jnp.issubdtype(dtype, jnp.integer) else values
+    return Quantized(values.astype(dtype), jnp.squeeze(scale, axes))
+
+
+def quantize_weight(weight: Array, kind: str, axes: tuple[int, ...]) -> Quantized:
+    """A weight whose products sum over `axes`; it stays on its devices, cut as it was."""
+    found = _quantize(weight, kind, axes)
+    if not isinstance(weight.sharding, NamedSharding):
+        return found
+    return jax.device_put(found, _cut(weight.sharding, axes, weight.ndim))
+
+
+def _cut(sharding: NamedSharding, axes: tuple[int, ...], ndim: int) -> Quantized:
+    """How a quantized weight is cut: as the weight was, and its scale as the output axes were."""
+    spec = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
+    kept = PartitionSpec(*(axis for index, axis in enumerate(spec) if index not in axes))
+    return Quantized(sharding, NamedSharding(sharding.mesh, kept, memory_kind=sharding.memory_kind))
+
+
+def _map(params: Params, quantization: Quantization, change: Callable[[Any, tuple[int, ...]], Any], ndim: Callable[[Any], int]) -> Params:
+    """The tree with `change(leaf, axes)` in place of every weight that is quantized."""
+    tied = "head" not in params["text"]
+
+    def walk(node: Any, path: Path_) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(child, (*path, key)) for key, child in node.items()}
+        axes = quantization.inputs(path, ndim(node), tied=tied)
+        return node if axes is None else change(node, axes)
+
+    return walk(params, ())
+
+
+def is_quantized(params: Params) -> bool:
+    """Whether any weight is."""
+    return any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized)))
+
+
+def quantize(params: Params, quantization: Quantization) -> Params:
+    """Parameters, plain before, with the chosen weights in eight bits."""
+    return _map(params, quantization, lambda weight, axes: quantize_weight(weight, quantization.kind, axes), lambda leaf: leaf.ndim)
+
+
+def quantized_shapes(shapes: Params, quantization: Quantization | None) -> Params:
+    """Of `quantize`, from the parameters' shapes."""
+    if quantization is None:
+        return shapes
+
+    def shape(leaf: jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> Quantized:
+        kept = tuple(size for axis, size in enumerate(leaf.shape) if axis not in axes)
+        return Quantized(jax.ShapeDtypeStruct(leaf.shape, KINDS[quantization.kind][0]), jax.ShapeDtypeStruct(kept, jnp.float32))
+
+    return _map(shapes, quantization, shape, lambda leaf: leaf.ndim)
+
+
+def quantized_shardings(shardings: Params, quantization: Quantization | None) -> Params:
+    """How `quantize` cuts what is cut by these shardings, whose specs name every axis."""
+    if quantization is None:
+        return shardings
+    return _map(shardings, quantization, lambda s, axes: _cut(s, axes, len(s.spec)), lambda s: len(s.spec))
