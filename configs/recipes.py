@@ -11,9 +11,13 @@ video, so that a batch is 512 samples, and more of smaller ones. All hardware se
 The names are STAGE_SIZE_HARDWARE. `svlm plan NAME` gives what each takes of a chip, the least time of a step and the MFU at that; of those below
 that was done with all weights trained, moments in float32, and rows full of one sample. The others are as yet untried.
 
-    v5e_256      stage1_7b     15.0 of 17.2 GB    15.4 s, 77%    benchmarks/plan_stage1_7b_v5e_256.json
-    v5p_128      stage1_7b     79.5 of 102.0 GB    20.3 s, 100%    benchmarks/plan_stage1_7b_v5p_128.json
-    v5p_512      stage1_72b    67.1 of 102.0 GB    60.2 s, 75%     benchmarks/plan_stage1_72b_v5p_512.json
+    4 x H100, 4 rows  stage1_7b   59.6 of 76.0 GB    1.3 s, 88%    benchmarks/plan_7b_h100_4.json
+    h100x8            stage1_7b   53.4 of 76.0 GB    85.5 s, 88%    benchmarks/plan_stage1_7b_h100x8.json
+    h100x8            stage2_7b   56.0 of 76.0 GB    307.9 s, 76%    benchmarks/plan_stage2_7b_h100x8.json
+    v5e_256           stage1_7b   15.0 of 17.2 GB    15.4 s, 77%    benchmarks/plan_stage1_7b_v5e_256.json
+    v5p_128           stage1_7b   79.5 of 102.0 GB    20.3 s, 100%    benchmarks/plan_stage1_7b_v5p_128.json
+    v6e_64            stage1_7b   18.1 of 34.4 GB    13.2 s, 77%    benchmarks/plan_stage1_7b_v6e_64.json
+    v5p_512           stage1_72b  67.1 of 102.0 GB    60.2 s, 75%    benchmarks/plan_stage1_72b_v5p_512.json
 """
 
 import dataclasses
