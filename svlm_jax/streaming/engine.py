@@ -4,6 +4,7 @@ Nothing on the host grows with the stream: for each row a count of rounds, a few
 """
 
 import collections
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,7 @@ from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.layout import StreamSpec
 from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, spoken_ids, time_capacity
+from svlm_jax.streaming.rows import read_compiled, turned_slots, write_compiled
 from svlm_jax.streaming.state import Prompt, StreamState, Turn, init_state
 from svlm_jax.streaming.step import compiled, decode, ingest
 from svlm_jax.tokenizer import Tokenizer
@@ -22,9 +24,16 @@ from svlm_jax.types import Array, Key, Params, UInt8
 
 
 def make_spec(
-    model: ModelConfig, stream: StreamConfig, tokenizer: Tokenizer, *, height: int, width: int, watch: Sequence[int] = ()
+    model: ModelConfig,
+    stream: StreamConfig,
+    tokenizer: Tokenizer,
+    *,
+    height: int,
+    width: int,
+    watch: Sequence[int] = (),
+    query_capacity: int = 0,
 ) -> StreamSpec:
-    """All static settings of an engine, with rooms sized by the tokenizer."""
+    """All static settings of an engine, with rooms sized by the tokenizer. `query_capacity`: tokens, where streams bring their own queries."""
     return StreamSpec(
         model=model,
         stream=stream,
@@ -32,7 +41,7 @@ def make_spec(
         height=height,
         width=width,
         time_capacity=time_capacity(tokenizer),
-        query_capacity=len(encode_query(tokenizer, stream.query)),
+        query_capacity=max(query_capacity, len(encode_query(tokenizer, stream.query))),
         initial_words=len(encode_words(tokenizer, stream.previous_text)),
         watch=tuple(watch),
     )
@@ -61,11 +70,22 @@ scan_compiled = jax.jit(scan_rounds, donate_argnames="state")
 class _Row:
     """What the host remembers of one open stream."""
 
+    query: tuple[int, ...]  # of its first round
     age: int = 0
     words: int = 0  # tokens put into the previous text, where that is bounded by a capacity
     recent: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # words of each turn that is not yet in it
     noted: int = 0  # turns that the engine was told of
     memory: list[int] = dataclasses.field(default_factory=list)  # mode "windows": the previous text of the next window
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedStream:
+    """A stream out of its row: all that a later round depends on."""
+
+    state: StreamState  # of a batch of one, its count of rounds included; on the device or the host
+    row: _Row
+    key: np.ndarray  # uint32, the data of the stream's PRNG key
+    round: int  # the engine's count of rounds when it was taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +115,7 @@ class Engine:
         self._key = jnp.stack(self._keys)
         self._rows: dict[int, _Row] = {}
         self._query = encode_query(tokenizer, spec.stream.query)
+        self._round = 0 if state is None else int(state.round)  # as the device counts
 
     @property
     def streams(self) -> int:
@@ -104,14 +125,17 @@ class Engine:
     def open_rows(self) -> tuple[int, ...]:
         return tuple(sorted(self._rows))
 
-    def open(self, row: int = 0, *, previous_text: str | None = None, seed: int | None = None) -> None:
-        """Starts a new stream in `row`; its first round is the next one. Raises UserError if the text does not fit."""
+    def open(self, row: int = 0, *, previous_text: str | None = None, seed: int | None = None, query: str | None = None) -> None:
+        """Starts a new stream in `row`; its first round is the next one. Raises UserError if text or query do not fit."""
         text = self.spec.stream.previous_text if previous_text is None else previous_text
+        asked = self._query if query is None else encode_query(self.tokenizer, query)
+        if len(asked) > self.spec.query_capacity:
+            raise UserError(f"the query has {len(asked)} tokens and {self.spec.query_capacity} fit: shorten it")
         self._keys[row] = jax.random.key(self.spec.stream.seed if seed is None else seed)
         self._key = jnp.stack(self._keys)
         words = list(encode_words(self.tokenizer, text))
-        self._rows[row] = _Row(words=len(words), memory=words)
         self._open(row, words)
+        self._rows[row] = _Row(asked, words=len(words), memory=words)
 
     def _open(self, row: int, words: list[int]) -> None:
         capacity = self.spec.cache.words_capacity
@@ -125,6 +149,24 @@ class Engine:
         """Ends the stream in `row` and empties it."""
         del self._rows[row]
         self.state = compiled["close_stream"](self.state, np.asarray(row, np.int32))
+
+    def take(self, row: int = 0) -> SavedStream:
+        """A copy of the stream in `row` as it is between rounds; the stream itself goes on."""
+        state = read_compiled(self.state, np.asarray(row, np.int32))
+        return SavedStream(state, copy.deepcopy(self._rows[row]), np.asarray(jax.random.key_data(self._keys[row])), self._round)
+
+    def put(self, row: int, saved: SavedStream) -> None:
+        """Has a stream go on in `row`, which must not be open. In an engine without streams, everything is bit for bit as it was."""
+        if row in self._rows:
+            raise ValueError(f"row {row} has a stream")
+        if not self._rows:
+            self._round = saved.round
+            self.state = self.state.replace(round=jnp.asarray(saved.round, jnp.int32))
+        order = turned_slots(self.spec.cache, self._round - saved.round)
+        self.state = write_compiled(self.state, saved.state, np.asarray(row, np.int32), order)
+        self._keys[row] = jax.random.wrap_key_data(jnp.asarray(saved.key))
+        self._key = jnp.stack(self._keys)
+        self._rows[row] = copy.deepcopy(saved.row)
 
     def prompt(self, times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None) -> Prompt:
         """The arrays of one round from each open row's (start, end) in seconds, and questions in mid-stream."""
@@ -150,8 +192,9 @@ class Engine:
                 if len(ids) > spec.stream.question_capacity:
                     raise UserError(f"the question of stream {row} has {len(ids)} tokens and {spec.stream.question_capacity} fit: shorten it")
             question, question_length = ragged(asked, spec.stream.question_capacity)
-        if self._query and any(self._rows[row].age == 0 for row in times):
-            query, query_length = ragged({row: self._query for row in times if self._rows[row].age == 0}, spec.query_capacity)
+        queries = {row: self._rows[row].query for row in times if self._rows[row].age == 0 and self._rows[row].query}
+        if queries:
+            query, query_length = ragged(queries, spec.query_capacity)
         return Prompt(time, time_length, active, question, question_length, query, query_length)
 
     def ingest(self, frames: UInt8[Array, "B F 3 height width"], prompt: Prompt) -> Array:
@@ -164,6 +207,7 @@ class Engine:
     def decode(self) -> Turn:
         """The rest of the round; enqueued, not awaited."""
         self.state, turn = compiled["decode"](self.params, self.state, self._key)
+        self._round += 1
         for row in self._rows.values():
             row.age += 1
         return turn
