@@ -10,6 +10,7 @@ import small
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.prompt import encode_query
+from svlm_jax.streaming.rows import turned_slots
 from svlm_jax.streaming.visible import visible
 
 BASE = StreamConfig(vision_window=3, text_window=3, text_sink=4, text_sliding=6, max_new_tokens=5, query="Say.", question_capacity=16)
@@ -32,7 +33,7 @@ def alone(config: StreamConfig, rounds: int) -> list[list[int]]:
     return said
 
 
-@pytest.mark.parametrize(("vision", "text"), [(3, 3), (2, 5), (5, 2)])
+@pytest.mark.parametrize(("vision", "text"), [(3, 3), (2, 5)])
 def test_a_stream_that_moves_says_what_it_says_alone(vision, text):
     """It leaves its row every other round, while another stream goes on for one, two or three rounds, and returns to the other row."""
     config = dataclasses.replace(BASE, vision_window=vision, text_window=text)
@@ -55,6 +56,21 @@ def test_a_stream_that_moves_says_what_it_says_alone(vision, text):
             engine.put(row, dataclasses.replace(saved[1], state=saved[0]))
             engine.close(1 - row)
     assert said == alone(config, rounds)
+
+
+@pytest.mark.parametrize(("vision", "text"), [(3, 3), (2, 5), (5, 2)])
+@pytest.mark.parametrize("rounds", [-4, 0, 1, 7, 1000])
+def test_rooms_turn_and_nothing_else_does(vision, text, rounds):
+    cache = small.engine(dataclasses.replace(BASE, vision_window=vision, text_window=text), layers=0).spec.cache
+    order, roles = turned_slots(cache, rounds), cache.describe()
+    assert sorted(order) == list(range(cache.slots))
+    assert (roles.field[order] == roles.field).all() and (roles.region[order] == roles.region).all()
+    for ring in (cache.text, cache.clips, cache.rounds):
+        if ring is not None:
+            inside = (roles.region == ring.region) & (roles.room >= 0)
+            assert ((roles.room[order][inside] + rounds) % ring.rooms == roles.room[inside]).all()
+    fixed = roles.room < 0
+    assert (order[fixed] == np.flatnonzero(fixed)).all()
 
 
 def test_an_empty_engine_takes_a_stream_bit_for_bit():
@@ -83,5 +99,5 @@ def test_streams_have_their_own_queries():
     held = [visible(engine.state, row).tokens.tolist() for row in (0, 1)]
     inside = [any(ids[i : i + len(asked)] == asked for i in range(len(ids))) for ids in held]
     assert inside == [False, True]
-    with pytest.raises(UserError, match="the query has .* fit: shorten it"):
+    with pytest.raises(UserError, match=r"the query has .* fit: shorten it"):
         engine.open(0, query="why " * 200)

@@ -7,6 +7,7 @@ import collections
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ scan_compiled = jax.jit(scan_rounds, donate_argnames="state")
 
 
 @dataclasses.dataclass
-class _Row:
+class StreamHost:
     """What the host remembers of one open stream."""
 
     query: tuple[int, ...]  # of its first round
@@ -77,13 +78,18 @@ class _Row:
     noted: int = 0  # turns that the engine was told of
     memory: list[int] = dataclasses.field(default_factory=list)  # mode "windows": the previous text of the next window
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "StreamHost":
+        """Of what `dataclasses.asdict` gave, lists in the place of tuples and queues."""
+        return cls(**{**fields, "query": tuple(fields["query"]), "recent": collections.deque(fields["recent"])})
+
 
 @dataclasses.dataclass(frozen=True)
 class SavedStream:
     """A stream out of its row: all that a later round depends on."""
 
     state: StreamState  # of a batch of one, its count of rounds included; on the device or the host
-    row: _Row
+    row: StreamHost
     key: np.ndarray  # uint32, the data of the stream's PRNG key
     round: int  # the engine's count of rounds when it was taken
 
@@ -113,7 +119,7 @@ class Engine:
         self.state = init_state(spec, streams, dtype or jax.tree.leaves(params)[0].dtype) if state is None else state
         self._keys = [jax.random.key(spec.stream.seed) for _ in range(streams)]
         self._key = jnp.stack(self._keys)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, StreamHost] = {}
         self._query = encode_query(tokenizer, spec.stream.query)
         self._round = 0 if state is None else int(state.round)  # as the device counts
 
@@ -135,7 +141,7 @@ class Engine:
         self._key = jnp.stack(self._keys)
         words = list(encode_words(self.tokenizer, text))
         self._open(row, words)
-        self._rows[row] = _Row(asked, words=len(words), memory=words)
+        self._rows[row] = StreamHost(asked, words=len(words), memory=words)
 
     def _open(self, row: int, words: list[int]) -> None:
         capacity = self.spec.cache.words_capacity
@@ -246,7 +252,7 @@ class Engine:
                 self._open(index, row.memory)
                 row.age = 0
 
-    def _check_capacity(self, row: _Row) -> None:
+    def _check_capacity(self, row: StreamHost) -> None:
         s = self.spec.stream
         if s.mode == "full" and row.age >= s.capacity_rounds:
             raise UserError(
