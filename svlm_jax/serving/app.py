@@ -74,7 +74,7 @@ def make_app(service: Service, *, host: str = "127.0.0.1") -> Starlette:
         route(f"{stream}/frame.jpg", routes.picture),
         route(f"{stream}/captions", routes.captions),
         *(route(f"{stream}/captions.{suffix}", functools.partial(routes.download, suffix)) for suffix in MEDIA),
-        WebSocketRoute("/v1/realtime", realtime),
+        WebSocketRoute("/v1/realtime", realtime.serve),
         route("/", routes.page),
         route("/sample.mp4", routes.sample),
         route("/page/{name}", routes.page_file),

@@ -30,7 +30,7 @@ from svlm_jax.serving.limits import Full, Refused
 from svlm_jax.serving.origins import is_url
 from svlm_jax.serving.realtime import data_uri
 from svlm_jax.serving.service import Service
-from svlm_jax.serving.sessions import check_text
+from svlm_jax.serving.sessions import LOADING, check_text
 from svlm_jax.streaming.prompt import PromptLayout, spoken_ids
 
 MOST_TOKENS, USUAL_TOKENS = 1024, 128  # of an answer
@@ -53,7 +53,7 @@ class Chat:
 
     async def complete(self, request: Request) -> Response:
         if not self.service.ready:
-            raise Full("the server is still loading: ask again when /ready says so")
+            raise Full(LOADING)
         body = await read_json(request, self.limits.chat_bytes, 3 * self.limits.body_seconds)
         settings = self._settings(body)
         if self._waiting > self.limits.chat_waiting:

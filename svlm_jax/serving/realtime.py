@@ -37,7 +37,7 @@ class Realtime:
     def __init__(self, service: Service):
         self.service = service
 
-    async def __call__(self, socket: WebSocket) -> None:
+    async def serve(self, socket: WebSocket) -> None:
         offered = socket.scope.get("subprotocols", [])
         await socket.accept(next((name for name in offered if not name.startswith(KEY_PROTOCOL)), None))
         try:

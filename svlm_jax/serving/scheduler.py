@@ -22,7 +22,7 @@ from svlm_jax.captions import Caption, record
 from svlm_jax.errors import UserError
 from svlm_jax.serving.events import Draft
 from svlm_jax.serving.metrics import Metrics
-from svlm_jax.serving.sessions import Session, Sessions, log
+from svlm_jax.serving.sessions import LOADING, Session, Sessions, log
 from svlm_jax.serving.sources import Grid, Round
 from svlm_jax.streaming.engine import Engine, SavedStream
 from svlm_jax.streaming.prompt import LONGEST_TIME
@@ -86,7 +86,7 @@ class Scheduler:
     def obstacle(self, live: bool) -> str:
         """Why another stream would not keep its deadlines; empty where it would."""
         if not self.ready:
-            return "the server is still loading: ask again when /ready says so"
+            return LOADING
         took = self.round_seconds()
         if live and took > SHARE * self.chunk:
             return f"a round takes {took:.2f} s here and there is one every {self.chunk:g} s: use fewer --streams, or a lower --fps or --max-pixels"
@@ -332,6 +332,7 @@ class Scheduler:
         session.tokens += len(tokens)
         session.position, session.cached, session.round_seconds = round.end, cached, took
         line = record(caption)
+        session.text = str(line["text"])
         kind = str(line.pop("type"))
         self.metrics.captions.labels(kind).inc()
         self.metrics.tokens.inc(len(tokens))

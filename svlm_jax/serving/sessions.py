@@ -17,6 +17,9 @@ from svlm_jax.serving.sources import Source
 from svlm_jax.streaming.engine import SavedStream
 
 
+LOADING = "the server is still loading: ask again when /ready says so"
+
+
 def log(event: str, **fields: Any) -> None:
     """One JSON line on standard output."""
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **fields}
@@ -53,6 +56,7 @@ class Session:
         self.lag: float | None = None  # seconds from the last frame to the first word, of the last live round
         self.round_seconds: float | None = None
         self.cached = 0
+        self.text = ""  # what was said last
         self.frame: Any = None  # uint8 [3, height, width], the newest that the model has seen
         self.origin: dict[str, Any] = {}  # how to open the source again
         self.lock = threading.Lock()
@@ -86,6 +90,7 @@ class Session:
             "source": self.kind,
             "clock": "live" if source.live else "file",
             "position": self.position,
+            "text": self.text,
             "rounds": self.rounds,
             "spoken": self.spoken,
             "tokens": self.tokens,
@@ -109,7 +114,7 @@ class Sessions:
         self._all: dict[str, Session] = {}
         self._lock = threading.Lock()
         self.draining = False
-        self.obstacle: Callable[[bool], str] = lambda live: ""  # why a stream (live or not) would not keep its deadlines
+        self.obstacle: Callable[[bool], str] = lambda live: LOADING  # why a stream (live or not) cannot run now; the scheduler knows
 
     def admit(self, session: Session, open_source: Callable[[], Source], *, live: bool) -> None:
         """Takes a stream in, and opens its source. Raises Full, with the reason, or what `open_source` raises."""

@@ -75,7 +75,7 @@ def capture(session: Session, saved: SavedStream) -> Snapshot:
 def encode(snapshot: Snapshot, print_: str) -> bytes:
     """The file. `print_` is the `fingerprint` of what it belongs to."""
     leaves = jax.tree.leaves(snapshot.saved.state)
-    arrays = {f"leaf.{index:05}": np.ascontiguousarray(_bits(np.asarray(leaf))) for index, leaf in enumerate(leaves)}
+    arrays = {f"leaf.{index:05}": _bits(np.asarray(leaf, order="C")) for index, leaf in enumerate(leaves)}
     arrays["key"] = snapshot.saved.key
     header = {
         "id": snapshot.id,
