@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--size", "112x84", "--max-pixels", "9408", "--vision-window", "4", "--text-window", "4", "--max-new-tokens", "6", "--chunk", "0.5"]
+SMALL = ["--size", "112x84", "--max-pixels", "9408", "--vision-window", "4", "--text-window", "4", "--max-new-tokens", "6"]
 
 
 class Server:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import json
 import random
 import signal
@@ -15,8 +16,8 @@ import httpx
 import openai
 import pytest
 import srt
-import webvtt
 import websockets
+import webvtt
 from openai.types.realtime import RealtimeServerEvent
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,17 +64,17 @@ def test_the_sample_is_captioned_as_on_the_command_line(server, sample):
     id, captions = sample
     done = subprocess.run([sys.executable, str(ROOT / "serve.py"), *SMALL[2:]], capture_output=True, text=True, timeout=300)
     assert [line.partition("] ")[2] for line in done.stdout.splitlines()] == [c["text"] for c in captions if c["type"] == "segment"]
-    assert [(c["start"], c["end"]) for c in captions] == [(r / 2, r / 2 + 0.5) for r in range(24)]
+    assert [(c["start"], c["end"]) for c in captions] == [(r, r + 1) for r in range(12)]
     status = server.status(id)
-    assert (status["state"], status["rounds"], status["position"], status["frames"]["dropped"]) == ("ended", 24, 12.0, 0)
-    assert status["video"]["width"] == 448 or status["video"]["width"] > 0
+    assert (status["state"], status["rounds"], status["position"], status["frames"]["dropped"]) == ("ended", 12, 12.0, 0)
+    assert status["video"]["codec"] == "h264"
 
 
 def test_a_listener_goes_on_where_it_was(server, sample):
     events = list(server.events(sample[0]))
-    assert [number for number, _, _ in events] == list(range(1, 26))
+    assert [number for number, _, _ in events] == list(range(1, 14))
     assert events[-1][1:] == ("end", {"type": "end", "reason": "finished", "message": ""})
-    assert list(server.events(sample[0], last=20)) == events[20:]
+    assert list(server.events(sample[0], last=9)) == events[9:]
     answer = server.http.get(f"/v1/streams/{sample[0]}/captions", headers={"Last-Event-ID": "soon"})
     assert answer.status_code == 400
 
@@ -91,7 +92,7 @@ def test_downloads(server, sample):
 def test_streams_that_come_and_go_change_no_other(server):
     """One stream, alone and among others that join, pause, fail and leave at random: the same words, and none lost."""
     alone = server.captions(play(server, 7, 20))
-    assert len(alone) == 20 and any(c["type"] == "segment" for c in alone)
+    assert len(alone) == 10 and any(c["type"] == "segment" for c in alone)
     done, rng = threading.Event(), random.Random(3)
 
     def disturb(seed: int) -> None:
@@ -135,16 +136,16 @@ def test_a_question_is_put_into_the_next_round(server):
     plain = server.captions(play(server, 9, 6))
     id = server.open(source="push", clock="file", seed=9)
     for index in range(6):
-        if index == 4:
-            while server.status(id)["rounds"] < 3:
+        if index == 5:
+            while server.status(id)["rounds"] < 2:
                 time.sleep(0.01)
             assert server.http.post(f"/v1/streams/{id}/questions", json={"text": "Who has\n the ball?"}).status_code == 202
         server.push(id, picture(9000 + index))
     server.push(id, last=1)
     events = list(server.events(id))
-    assert [data for _, name, data in events if name == "question"] == [{"type": "question", "start": 1.5, "text": "Who has the ball?"}]
+    assert [data for _, name, data in events if name == "question"] == [{"type": "question", "start": 2.0, "text": "Who has the ball?"}]
     told = [data["text"] for _, name, data in events if name == "message"]
-    assert told[:3] == [c["text"] for c in plain[:3]] and len(told) == 6
+    assert told[:2] == [c["text"] for c in plain[:2]] and len(told) == 3
     for wrong in ({}, {"text": ""}, {"text": 7}, {"text": "why " * 300}):
         assert server.http.post(f"/v1/streams/{id}/questions", json=wrong).status_code == 400
     assert server.http.post(f"/v1/streams/{id}/questions", json={"text": "Who?"}).status_code == 409
@@ -161,22 +162,19 @@ def test_live_frames_are_thinned_and_gaps_are_told(server):
             server.push(id, frames[int(time.monotonic() * 10) % 4])
             time.sleep(0.05)
 
+    send(2.6)
+    time.sleep(2.6)
     send(1.6)
-    time.sleep(1.6)
-    send(1.1)
     server.http.post(f"/v1/streams/{id}/pause")
-    send(0.8)
+    send(2.1)
     server.http.post(f"/v1/streams/{id}/resume")
-    send(1.1)
+    send(2.1)
     status = server.http.delete(f"/v1/streams/{id}").json()
     events = [data for _, _, data in server.events(id)]
-    gaps = [data for data in events if data["type"] == "gap"]
-    assert [gap["reason"] for gap in gaps if gap["end"] - gap["start"] >= 1 and gap["reason"] != "busy"] == ["late", "paused"] or {
-        gap["reason"] for gap in gaps
-    } >= {"late", "paused"}
+    assert {data["reason"] for data in events if data["type"] == "gap"} >= {"late", "paused"}
     spoken = [data for data in events if data["type"] in ("segment", "silence", "gap")]
     assert spoken[0]["start"] == 0.0
-    for before, after in zip(spoken, spoken[1:], strict=False):
+    for before, after in itertools.pairwise(spoken):
         assert after["start"] == before["end"]  # nothing is left untold
     assert status["frames"]["thinned"] > 0 and status["frames"]["received"] > status["rounds"]
     assert status["lag_seconds"] is not None and status["skipped_seconds"] >= 2
@@ -198,7 +196,7 @@ def test_no_place_is_left(server):
     asyncio.run(refused())
     for id in ids:
         server.http.delete(f"/v1/streams/{id}")
-    server.open(source="sample", duration=0.5)
+    server.http.delete(f"/v1/streams/{server.open(source='sample', duration=1)}")
 
 
 def bomb() -> bytes:
@@ -214,7 +212,7 @@ def test_hostile_pictures_disturb_nobody(server, media):
     for index in range(4):
         server.push(id, picture(7000 + index) if index != 2 else media)
     server.push(id, last=1)
-    assert len(server.captions(id)) == 4
+    assert len(server.captions(id)) == 2
     status = server.status(id)
     assert status["frames"]["broken"] == 1 and status["video"]["last_error"]
 
@@ -256,7 +254,7 @@ def test_requests_that_are_refused(server):
     assert [server.push(id, picture(0), t=t).status_code for t in (1.0, 2.0, 1.5)] == [202, 202, 400]
     http.delete(f"/v1/streams/{id}")
     assert server.push(id, picture(0)).status_code == 400
-    sample = server.open(source="sample", duration=0.5)
+    sample = server.open(source="sample", duration=1)
     assert server.push(sample, picture(0)).status_code == 409
 
 
@@ -269,7 +267,7 @@ def test_a_client_that_hangs_holds_nobody_up(server):
         half.sendall(b"POST /v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         id = server.open(source="sample")
         deaf.sendall(f"GET /v1/streams/{id}/captions HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        assert len(server.captions(id)) == 24
+        assert len(server.captions(id)) == 12
 
 
 # Realtime
@@ -282,7 +280,7 @@ async def talk(server: Server, send, query: str = "clock=file&seed=7") -> tuple[
         task = asyncio.create_task(send(socket, heard))
         try:
             async for text in socket:
-                heard.append(json.loads(text))
+                heard.append(json.loads(text))  # noqa: PERF401 - `send` looks at it meanwhile
         finally:
             await task
     for event in heard:
@@ -413,8 +411,8 @@ def test_chat(server):
 def test_metrics(server, sample):
     families = {family.name: family for family in text_string_to_metric_families(server.http.get("/metrics").text)}
     values = {(s.name, *s.labels.values()): s.value for family in families.values() for s in family.samples}
-    assert values["svlm_places",] == 3 and values["svlm_rounds_total",] >= 24
-    assert values["svlm_captions_total", "segment"] + values.get(("svlm_captions_total", "silence"), 0) >= 24
+    assert values["svlm_places",] == 3 and values["svlm_rounds_total",] >= 12
+    assert values["svlm_captions_total", "segment"] + values.get(("svlm_captions_total", "silence"), 0) >= 12
     assert values["svlm_stage_seconds_count", "round"] == values["svlm_rounds_total",]
     assert 0 < values["svlm_cache_fill_ratio",] < 1
 
@@ -422,7 +420,7 @@ def test_metrics(server, sample):
 def test_the_log_has_a_line_for_every_event(server, sample):
     lines = [line for line in server.lines if line.get("stream") == sample[0]]
     assert [line["event"] for line in lines] == ["stream.started", "stream.ended"]
-    assert lines[1]["rounds"] == 24 and lines[1]["reason"] == "finished"
+    assert lines[1]["rounds"] == 12 and lines[1]["reason"] == "finished"
 
 
 # Snapshots
@@ -433,7 +431,7 @@ def test_a_stream_goes_on_after_kill_9_as_if_nothing_had_happened(tmp_path, samp
     flags = ["--streams", "3", "--state", str(tmp_path)]
     first = Server(*flags).ready()
     id = first.open(source="sample", pace="real")
-    while first.status(id)["rounds"] < 7:
+    while first.status(id)["rounds"] < 4:
         time.sleep(0.02)
     assert first.http.post(f"/v1/streams/{id}/snapshot").json() == {"resume": id}
     assert first.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -443,7 +441,7 @@ def test_a_stream_goes_on_after_kill_9_as_if_nothing_had_happened(tmp_path, samp
     assert second.http.get("/v1/snapshots").json()["data"] == [{"resume": id}]
     assert second.open(resume=id) == id
     assert second.http.post("/v1/streams", json={"resume": id}).status_code == 409
-    while second.status(id)["rounds"] < 12:
+    while second.status(id)["rounds"] < 6:
         time.sleep(0.02)
     listener = second.events(id)
     heard = [next(listener)]

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import http.server
+import math
 import os
 import socket
 import subprocess
@@ -13,13 +14,16 @@ import time
 import httpx
 import numpy as np
 import pytest
+import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server import ROOT
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 
 from svlm_jax.api import sample_clip
+from svlm_jax.config import StreamConfig
 from svlm_jax.data.video import read_rounds
 from svlm_jax.errors import UserError
 from svlm_jax.serving.decoder import fit
@@ -29,6 +33,7 @@ from svlm_jax.serving.limits import Full, Limits, Rate, Refused, TooFast
 from svlm_jax.serving.metrics import Metrics
 from svlm_jax.serving.origins import Allowed, shown
 from svlm_jax.serving.pushed import LiveSource, PushedSource
+from svlm_jax.serving.scheduler import Scheduler
 from svlm_jax.serving.server import listen
 from svlm_jax.serving.sessions import Session, Sessions, Wish
 from svlm_jax.serving.snapshots import Shelf
@@ -66,7 +71,7 @@ def pushed(live: bool = False, **more) -> PushedSource:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=25))
 def test_pushed_frames_are_shown_as_a_file_s_are(steps):
-    """Frame i of round r is the last one that begins at or before r + i / 2, as in `data.video`."""
+    """Frame i of round r is the last one that begins at or before r + i / 2, as in `data.video`; the last frame is shown for 1 / 2 s."""
     times = np.cumsum([0, *steps]) / 10
     source = pushed()
     for index, seconds in enumerate(times):
@@ -74,7 +79,7 @@ def test_pushed_frames_are_shown_as_a_file_s_are(steps):
         source.push(frame(index), 7.0 + seconds)
     source.finish()
     rounds = drained(source)
-    assert len(rounds) == int(times[-1]) + 1
+    assert len(rounds) == math.ceil(times[-1] + 0.5 - 1e-6)
     for index, round in enumerate(rounds):
         assert (round.start, round.end) == (index, index + 1)
         for half in (0, 1):
@@ -88,7 +93,7 @@ def test_a_long_time_without_frames_is_left_out():
     for index, seconds in enumerate((0.0, 0.5, 3600.2, 3600.7)):
         source.push(frame(index), seconds)
     source.finish()
-    assert [round.start for round in drained(source)] == [0.0, 1.0, 3600.0]
+    assert [round.start for round in drained(source)] == [0.0, 3600.0, 3601.0]
 
 
 def test_a_sender_by_the_file_s_clock_waits_and_one_by_the_live_clock_never_does():
@@ -389,14 +394,11 @@ def test_keys_are_needed_where_there_are_some():
 
 def test_a_stream_that_would_miss_its_deadlines_is_refused():
     """By the measured time of a round: live streams are, files are not; and each key has its share."""
-    from svlm_jax.serving.scheduler import Scheduler
-
     sessions = Sessions(4, Limits(streams_per_key=1), Metrics(), lambda: None)
-    engine = type("Engine", (), {"spec": type("Spec", (), {"stream": type("Stream", (), {"chunk_seconds": 1.0})})})()
-    scheduler = Scheduler(engine, sessions, sessions.metrics)
+    scheduler = Scheduler(small.engine(StreamConfig(vision_window=2, text_window=2), layers=0), sessions, sessions.metrics)
 
     def admit(owner: str, live: bool) -> None:
-        sessions.admit(Session(f"strm_{owner}", Wish(), Journal(10), owner=owner), lambda: pushed(live=live), live=live)
+        sessions.admit(Session(f"strm_{owner}{live}", Wish(), Journal(10), owner=owner), lambda: pushed(live=live), live=live)
 
     with pytest.raises(Full, match="still loading"):
         admit("a", True)
@@ -417,9 +419,8 @@ def test_a_stream_that_would_miss_its_deadlines_is_refused():
 
 
 def test_addresses_that_cannot_be_listened_on():
-    with listen("127.0.0.1", 0) as taken:
-        with pytest.raises(UserError, match="is in use: give another --port"):
-            listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="is in use: give another --port"):
+        listen("127.0.0.1", taken.getsockname()[1])
     for host in ("192.0.2.1", "no such host"):
         with pytest.raises(UserError, match="--host"):
             listen(host, 0)
@@ -453,8 +454,6 @@ def test_a_full_disk_keeps_the_snapshot_that_was_there(tmp_path):
 
 def test_limits_are_what_the_operator_reads_in_the_docs():
     """Each limit is in docs/operate.md, with its value."""
-    from test_serving import ROOT
-
     text = (ROOT / "docs" / "operate.md").read_text("utf-8")
     for field in dataclasses.fields(Limits):
         assert f"`{field.name}`" in text, field.name

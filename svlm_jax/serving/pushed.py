@@ -16,7 +16,7 @@ from svlm_jax.errors import UserError
 from svlm_jax.serving.child import Decoder
 from svlm_jax.serving.decoder import STAMP
 from svlm_jax.serving.limits import Limits, Rate, TooFast
-from svlm_jax.serving.sources import EARLY, READY, Counts, Grid, Round, Shape
+from svlm_jax.serving.sources import EARLY, READY, Counts, Grid, Round, Shape, Source
 
 PENDING = 64  # pushed frames that wait, by the file's clock, before the sender has to
 LEAP = 10.0  # seconds without a frame, by the file's clock, of which no rounds are made
@@ -30,7 +30,7 @@ class _Frame:
     arrived: float
 
 
-class PushedSource:
+class PushedSource(Source):
     """Frames that are sent in, by either clock. Pictures are decoded in a process of their own, and only those that are looked at."""
 
     paced = False
@@ -205,7 +205,7 @@ class PushedSource:
         at, last = sample / self._shape.fps, self._last - (self._first or 0.0)
         if last <= at + EARLY and not (self._finished or (self._flushing and (self._pending or begun))):
             return None
-        if self._finished and not begun and not self._pending and at > last - EARLY and sample % self._shape.frames == 0:
+        if self._finished and not begun and at >= last + 1 / self._shape.fps - EARLY:  # how long the last frame is shown
             return sample, None, True
         frame = None
         while self._pending and (self._pending[0].seconds <= at + EARLY or (sample == 0 and frame is None)):

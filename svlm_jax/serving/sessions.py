@@ -16,7 +16,6 @@ from svlm_jax.serving.metrics import Metrics
 from svlm_jax.serving.sources import Source
 from svlm_jax.streaming.engine import SavedStream
 
-
 LOADING = "the server is still loading: ask again when /ready says so"
 
 

@@ -5,6 +5,7 @@ took in its second gives way to the next: frames are dropped and counted, never 
 File: time is the video's. Nothing is dropped; who sends too fast waits.
 """
 
+import abc
 import collections
 import dataclasses
 import json
@@ -12,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -76,25 +77,35 @@ class Counts:
     broken: int = 0  # could not be decoded
 
 
-class Source(Protocol):
-    """Any of the below. `notify` of the constructor is called when `ready` or `ended` may have changed."""
+class Source(abc.ABC):
+    """Any of the below. `notify` of their constructors is called when `ready` or `ended` may have changed."""
 
     live: bool  # time is the server's
     paced: bool  # one round each interval of the server's clock, though nothing is dropped
     paused: bool
     counts: Counts
-    info: dict[str, Any]
+    info: dict[str, Any]  # what is known of the video
     failure: str  # why it ended, if not at its end
     name: str
 
-    def ready(self) -> bool: ...
-    def take(self) -> Round | None: ...
+    @abc.abstractmethod
+    def ready(self) -> bool:
+        """Whether there is a round."""
+
+    @abc.abstractmethod
+    def take(self) -> Round | None:
+        """The next round, if there is one."""
+
     @property
-    def ended(self) -> bool: ...
+    @abc.abstractmethod
+    def ended(self) -> bool:
+        """Whether no round will come any more."""
+
+    @abc.abstractmethod
     def close(self) -> None: ...
 
 
-class FileSource:
+class FileSource(Source):
     """A file, or a URL of one: rounds are decoded ahead in a process of their own."""
 
     live = False
