@@ -91,7 +91,6 @@ class Server:
         return [data for _, name, data in self.events(id) if name == "message"]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        self.http.close()
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
         try:
@@ -99,6 +98,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+        self.http.close()
         for reader in self._readers:
             reader.join()
         self.process.stdout.close()

@@ -127,6 +127,17 @@ class PushedSource(Source):
     def ended(self) -> bool:
         return self._done and not self._ready
 
+    def pause(self, paused: bool) -> None:
+        with self._changed:
+            self.paused = paused
+            if self.live:
+                self._drop()
+
+    def _drop(self) -> None:
+        """Live rounds that nobody took."""
+        self.counts.dropped += sum(count for _, count in self._ready)
+        self._ready.clear()
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -234,8 +245,9 @@ class PushedSource(Source):
         begin = self._start + index * self._shape.chunk_seconds
         with self._changed:
             if self.live:
-                self.counts.dropped += sum(count for _, count in self._ready)
-                self._ready.clear()
+                self._drop()
+                if self.paused:
+                    return
             else:
                 self._changed.wait_for(lambda: len(self._ready) < READY or self._closed)
             self._ready.append((Round(begin, begin + self._shape.chunk_seconds, frames, arrived), fresh))

@@ -349,7 +349,7 @@ class Scheduler:
             for session in bound:
                 session.misses += 1
                 self.metrics.misses.inc()
-                if session.source.live:
+                if session.source.live and session.running:
                     session.skip_reason = "busy"
 
 

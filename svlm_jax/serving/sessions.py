@@ -167,7 +167,7 @@ class Sessions:
                 raise Refused("the stream has ended", status=409)
             if paused == (session.state == "paused"):
                 return
-            session.source.paused = paused
+            session.source.pause(paused)
             session.state = "paused" if paused else "running"
             if not paused:
                 session.skip_reason = "paused"

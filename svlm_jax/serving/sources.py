@@ -101,6 +101,10 @@ class Source(abc.ABC):
     def ended(self) -> bool:
         """Whether no round will come any more."""
 
+    def pause(self, paused: bool) -> None:
+        """A file waits; what is live goes by."""
+        self.paused = paused
+
     @abc.abstractmethod
     def close(self) -> None: ...
 

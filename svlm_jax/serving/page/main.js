@@ -127,7 +127,7 @@ function showStatus() {
   $("pause").setAttribute("aria-label", paused ? "Go on" : "Pause");
   $("pause-shape").setAttribute("d", paused ? PLAY : PAUSE);
   if (!s) return;
-  $("bug").classList.toggle("live", s.state === "running");
+  $("bug").className = `bug ${s.state === "running" ? (s.clock === "live" ? "live" : "playing") : ""}`;
   $("bug-text").textContent = s.state === "running" ? (s.clock === "live" ? "live" : "playing") : s.state;
   $("bug-time").textContent = clock(s.position ?? 0);
   const lag = s.lag_seconds ?? s.round_seconds;
@@ -197,7 +197,7 @@ async function refresh() {
     Object.assign(stream, { status, at: now });
     if (stream !== selected) stream.words = status.text;
     showTile(stream);
-    if (status.rounds !== before?.rounds || !before) showPicture(stream);
+    if (status.rounds && status.rounds !== before?.rounds) showPicture(stream);
   }
   for (const [id, stream] of streams) {
     if (!listed.some((status) => status.id === id)) {
@@ -264,9 +264,9 @@ function showFields() {
 }
 
 $("add-button").onclick = $("add-link").onclick = openAdd;
+$("add-cancel").onclick = () => $("add").close();
 $("add-form").onchange = showFields;
 $("add-form").onsubmit = async (event) => {
-  if (event.submitter?.value !== "start") return;
   event.preventDefault();
   $("add-start").disabled = true;
   $("add-error").textContent = "";
