@@ -395,7 +395,9 @@ def test_keys_are_needed_where_there_are_some():
 def test_a_stream_that_would_miss_its_deadlines_is_refused():
     """By the measured time of a round: live streams are, files are not; and each key has its share."""
     sessions = Sessions(4, Limits(streams_per_key=1), Metrics(), lambda: None)
-    scheduler = Scheduler(small.engine(StreamConfig(vision_window=2, text_window=2), layers=0), sessions, sessions.metrics)
+    now = [0.0]
+    engine = small.engine(StreamConfig(vision_window=2, text_window=2), layers=0)
+    scheduler = Scheduler(engine, sessions, sessions.metrics, now=lambda: now[0])
 
     def admit(owner: str, live: bool) -> None:
         sessions.admit(Session(f"strm_{owner}{live}", Wish(), Journal(10), owner=owner), lambda: pushed(live=live), live=live)
@@ -403,17 +405,21 @@ def test_a_stream_that_would_miss_its_deadlines_is_refused():
     with pytest.raises(Full, match="still loading"):
         admit("a", True)
     scheduler.ready = True
-    scheduler.seconds.extend([0.2] * 59 + [1.7])  # one slow round is no obstacle
+    for seconds in [0.2] * 59 + [1.7]:  # one slow round is no obstacle
+        scheduler.measure(seconds)
     admit("a", True)
     with pytest.raises(Full, match="this key has 1 streams"):
         admit("a", False)
-    scheduler.seconds.extend([0.97] * 5)
+    for seconds in [0.97] * 5:
+        scheduler.measure(seconds)
     with pytest.raises(Full, match=r"a round takes 0\.97 s here and there is one every 1 s"):
         admit("b", True)
     admit("b", False)
+    now[0] = 100.0  # long ago: the best time counts
+    admit("c", True)
     sessions.draining = True
     with pytest.raises(Full, match="about to stop"):
-        admit("c", False)
+        admit("d", False)
     for session in sessions.all():
         sessions.end(session, "deleted")
 
@@ -434,7 +440,7 @@ from svlm_jax.serving.snapshots import Shelf
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    Shelf(Path(sys.argv[1])).write("strm_0123456789abcdef", bytes(100_000))
+    Shelf(Path(sys.argv[1]), 9).write("strm_0123456789abcdef", bytes(100_000))
 except Refused as error:
     print(error.status, error)
 """
@@ -442,11 +448,15 @@ except Refused as error:
 
 def test_a_full_disk_keeps_the_snapshot_that_was_there(tmp_path):
     """The disk is full for real: by a limit of the process on the size of its files."""
-    shelf = Shelf(tmp_path)
+    shelf = Shelf(tmp_path, 2)
     shelf.write("strm_0123456789abcdef", b"before")
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("507 the snapshot could not be written: File too large"), done.stderr
     assert shelf.read("strm_0123456789abcdef") == b"before" and [path.name for path in tmp_path.iterdir()] == ["strm_0123456789abcdef.svlm"]
+    for index in range(3):  # the oldest goes
+        shelf.write(f"strm_000000000000000{index}", b"x")
+        os.utime(shelf.path(f"strm_000000000000000{index}"), (index, index))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["strm_0000000000000001.svlm", "strm_0000000000000002.svlm"]
     for id in ("../x", "strm_0123", "strm_0123456789abcdef/.."):
         with pytest.raises(Refused):
             shelf.read(id)

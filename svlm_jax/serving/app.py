@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import math
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from svlm_jax.serving.limits import Refused
 from svlm_jax.serving.pushing import push, pushable
 from svlm_jax.serving.realtime import Realtime
 from svlm_jax.serving.service import Service
-from svlm_jax.serving.sessions import Session
+from svlm_jax.serving.sessions import Session, log
 from svlm_jax.serving.sse import EventStream
 
 PAGE = Path(__file__).parent / "page"
@@ -95,6 +96,9 @@ def guarded(handler: Handler) -> Handler:
             return refusal(error)
         except TimeoutError:
             return refusal(UserError("the device did not answer in time"), 504)
+        except Exception as error:  # a fault of ours: the log has all of it, the client none
+            log("server.error", path=request.url.path, message=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            return refusal(UserError("something went wrong in the server"), 500)
 
     return wrapped
 

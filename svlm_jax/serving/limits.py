@@ -51,6 +51,7 @@ class Limits:
     questions_waiting: int = 4  # of one stream
     history: int = 20_000  # events of one stream that can be read again
     ended_streams: int = 64  # that are kept for reading
+    kept_snapshots: int = 256  # in the server's folder; the oldest goes first
     listeners: int = 64  # of one stream
     idle_seconds: float = 120.0  # without a frame, after which a pushed stream ends
     body_seconds: float = 20.0  # to send a request's body

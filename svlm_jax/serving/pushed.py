@@ -59,6 +59,7 @@ class PushedSource(Source):
         self._origin: float | None = None  # the live clock: when the stream's first sample was due
         self._first: float | None = None  # the file's clock: the first frame's own time
         self._last = -math.inf
+        self._at = 0.0  # the file's clock: the sample time that comes next
         self._flushing = self._finished = self._done = self._closed = False
         self._heard = time.monotonic()
         self._decoder: Decoder | None = None
@@ -71,7 +72,7 @@ class PushedSource(Source):
         return self.live or len(self._pending) < PENDING or self._closed or self._done
 
     def push(self, data: bytes | np.ndarray, seconds: float | None = None) -> None:
-        """One frame, and its time by the sender's clock in seconds (by the file's clock, one frame interval after the last, if not given).
+        """One frame, and its time by the sender's clock in seconds (by the file's clock, the next that is looked at, if not given).
 
         Raises UserError for a time that is not after the last one's, a stream that has ended, or (TooFast) too many frames.
         """
@@ -82,7 +83,7 @@ class PushedSource(Source):
                 raise UserError("the stream has ended: start a new one")
             now = self._heard = time.monotonic()
             if seconds is None:
-                seconds = now if self.live else (0.0 if self._first is None else self._last + 1 / self._shape.fps)
+                seconds = now if self.live else (0.0 if self._first is None else max(self._last + 1 / self._shape.fps, self._first + self._at))
             if not math.isfinite(seconds):
                 raise UserError("a frame's time must be a number of seconds")
             if seconds <= self._last:
@@ -183,6 +184,7 @@ class PushedSource(Source):
     def _next(self, sample: int, current: _Frame | None, begun: bool) -> tuple[int, _Frame | None] | None:
         """What is on the screen at a sample time, once that is known; None at the end."""
         with self._changed:
+            self._at = sample / self._shape.fps
             while True:
                 now = time.monotonic()
                 if self._closed:

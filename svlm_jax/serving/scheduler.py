@@ -31,7 +31,7 @@ GRACE = 0.03  # seconds after a round's last sample time, in which its frame is 
 STRAGGLERS = 0.04  # more of them for live streams that are not ready though the others are
 PATIENCE = 0.25  # seconds that a file's round waits for those of other files
 HELD = 5.0  # seconds that a stream without a row stays on the device, before it is kept by the host
-RECENT = 60  # rounds whose times say whether another stream would fit
+RECENT = 60.0  # seconds whose rounds say whether another stream would fit
 SHARE = 0.95  # of the interval that a round may take, for a live stream to be admitted
 
 
@@ -46,7 +46,8 @@ class Scheduler:
         self.ready = False
         self.failure = ""
         self.rows: dict[int, Session] = {}
-        self.seconds: collections.deque[float] = collections.deque(maxlen=RECENT)  # that rounds took
+        self._took: collections.deque[tuple[float, float]] = collections.deque(maxlen=512)  # when a round ended, and the seconds it took
+        self._best = math.inf  # the quickest round's
         self._jobs: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
         self._changed = threading.Condition()
         self._stopped = False
@@ -78,10 +79,16 @@ class Scheduler:
             self._stopped = True
             self._changed.notify_all()
 
+    def measure(self, seconds: float) -> None:
+        """Notes how long a round took."""
+        self._took.append((self._now(), seconds))
+        self._best = min(self._best, seconds)
+
     def round_seconds(self) -> float:
-        """What nearly all rounds of late stay below: the 95th percentile."""
-        times = sorted(self.seconds)
-        return times[min(len(times) - 1, math.ceil(0.95 * len(times)))] if times else 0.0
+        """What nearly all rounds of the last minute stayed below (their 95th percentile); the best round ever, where there were none."""
+        since = self._now() - RECENT
+        times = sorted(seconds for when, seconds in list(self._took) if when >= since)
+        return times[min(len(times) - 1, math.ceil(0.95 * len(times)))] if times else self._best
 
     def obstacle(self, live: bool) -> str:
         """Why another stream would not keep its deadlines; empty where it would."""
@@ -132,7 +139,7 @@ class Scheduler:
                 engine.close(0)
                 engine.put(0, saved)
             elif index > 1:
-                self.seconds.append(took)
+                self.measure(took)
         for row in range(engine.streams):
             engine.close(row)
         jax.block_until_ready(engine.state)
@@ -282,7 +289,7 @@ class Scheduler:
             engine.note(tokens)
             cached = np.asarray(said.turn.cached)
         took = time.perf_counter() - began
-        self.seconds.append(took)
+        self.measure(took)
         self.metrics.stage.labels("round").observe(took)
         self.metrics.rounds.inc()
         self.metrics.fill.set(float(np.mean([cached[s.row] for s in rounds])) / spec.cache.slots)

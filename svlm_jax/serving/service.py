@@ -65,7 +65,7 @@ class Service:
         )
         self.shape = Shape(s.fps, s.chunk_seconds, s.frames_per_round, *size)
         check_memory(self.spec, self.checkpoint.nbytes, self.checkpoint.dtype, streams=config.places)
-        self.shelf = Shelf(config.state) if config.state else None
+        self.shelf = Shelf(config.state, config.limits.kept_snapshots) if config.state else None
         self.metrics = Metrics()
         self.sessions = Sessions(config.places, config.limits, self.metrics, self._wake)
         self.scheduler: Scheduler | None = None

@@ -134,9 +134,9 @@ def _floats(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
 class Shelf:
     """A folder of snapshots, one file a stream."""
 
-    def __init__(self, folder: Path):
-        """Raises Refused where the folder cannot be used."""
-        self.folder = folder
+    def __init__(self, folder: Path, most: int):
+        """`most` snapshots are kept; the oldest goes first. Raises Refused where the folder cannot be used."""
+        self.folder, self._most = folder, most
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for draft in folder.glob(".*.part"):  # of a server that was killed
@@ -169,6 +169,13 @@ class Shelf:
             with contextlib.suppress(OSError):
                 draft.unlink()
             raise Refused(f"the snapshot could not be written: {error.strerror or error}", status=507) from None
+        self._forget()
+
+    def _forget(self) -> None:
+        with contextlib.suppress(OSError):
+            files = sorted(self.folder.glob(f"strm_*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+            for path in files[: max(0, len(files) - self._most)]:
+                path.unlink()
 
     def read(self, id: str) -> bytes:
         try:
