@@ -45,9 +45,14 @@ class Feeder {
 
   close() {
     clearInterval(this.timer);
-    this.video.pause();
-    for (const track of this.video.srcObject?.getTracks?.() ?? []) track.stop();
+    release(this.video);
   }
+}
+
+/** Lets go of the camera. */
+function release(video) {
+  video.pause();
+  for (const track of video.srcObject?.getTracks?.() ?? []) track.stop();
 }
 
 function player() {
@@ -85,7 +90,12 @@ export async function start(kind, { file, url, query, model }) {
   }
   await shown(video);
   const live = kind === "camera";
-  const { id } = await post({ source: "push", clock: live ? "live" : "file", name: live ? "camera" : file.name.slice(0, 100) });
-  await video.play();
-  return { id, video, feeder: new Feeder(id, video, { live, ...model }) };
+  try {
+    const { id } = await post({ source: "push", clock: live ? "live" : "file", name: live ? "camera" : file.name.slice(0, 100) });
+    await video.play();
+    return { id, video, feeder: new Feeder(id, video, { live, ...model }) };
+  } catch (error) {
+    release(video);
+    throw error;
+  }
 }
