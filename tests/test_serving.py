@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import re
 import signal
 import threading
 import time
@@ -446,6 +447,23 @@ def test_the_log_has_a_line_for_every_event(server, sample):
     lines = [line for line in server.lines if line.get("stream") == sample[0]]
     assert [line["event"] for line in lines] == ["stream.started", "stream.ended"]
     assert lines[1]["rounds"] == 12 and lines[1]["reason"] == "finished"
+
+
+def test_the_page_is_whole_and_asks_nobody_else(server):
+    """Every file that it names is there, every element that its script looks for, and nothing comes from elsewhere."""
+    answer = server.http.get("/")
+    assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
+    named = set(re.findall(r'(?:src|href)="(/[^"]+)"', answer.text))
+    scripts = [server.http.get("/page/main.js").text]
+    named |= {f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', scripts[0])}
+    for path in named | {"/sample.mp4"}:
+        assert server.http.get(path).status_code == 200, path
+    assert {"/page/style.css", "/page/main.js", "/page/api.js", "/page/sources.js"} <= named
+    ids = set(re.findall(r'id="([^"]+)"', answer.text))
+    assert set(re.findall(r'\$\("([^"]+)"\)', scripts[0])) <= ids
+    texts = [server.http.get(path).text for path in named if not path.endswith(".svg")]
+    assert not [text for text in (*texts, answer.text) if re.search(r"(?:src|href|url|import|fetch)[^;\n]{0,20}https?://", text)]
+    assert server.http.get("/page/..%2Fapp.py").status_code == 404
 
 
 # Snapshots

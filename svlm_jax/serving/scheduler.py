@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from svlm_jax.serving.sessions import LOADING, Session, Sessions, log
 from svlm_jax.serving.sources import Grid, Round
 from svlm_jax.streaming.engine import Engine, SavedStream
 from svlm_jax.streaming.prompt import LONGEST_TIME
+from svlm_jax.types import Array
 
 GRACE = 0.03  # seconds after a round's last sample time, in which its frame is decoded
 STRAGGLERS = 0.04  # more of them for live streams that are not ready though the others are
@@ -54,6 +55,7 @@ class Scheduler:
         self._next = 0.0  # the grid's next instant
         self._waiting_since: float | None = None
         self._parked: dict[str, float] = {}  # stream: since when
+        self._early = ThreadPoolExecutor(1, "first-words")
         sessions.obstacle = self.obstacle
         metrics.places.set(sessions.places)
 
@@ -117,6 +119,7 @@ class Scheduler:
         finally:
             self.ready = False
             self.stop()
+            self._early.shutdown(wait=False)
             for session in self.sessions.all():
                 self.sessions.end(session, "error" if self.failure else "stopped", self.failure)
             for future, _ in self._jobs:
@@ -280,11 +283,10 @@ class Scheduler:
                     self.metrics.questions.inc()
                     session.journal.publish("question", start=_number(round.start), text=asked)
                 session.frame = round.frames[-1]
-        with self.metrics.timed("first"):
-            said = engine.step(frames, times, questions)
-            first = np.asarray(said.first)
-        self._first_words(rounds, first)
-        with self.metrics.timed("decode"):
+        words: list[Future] = []
+        said = engine.step(frames, times, questions, begun=lambda first: words.append(self._early.submit(self._first_words, rounds, first)))
+        words[0].result()
+        with self.metrics.timed("rest"):
             tokens = said.tokens()
             engine.note(tokens)
             cached = np.asarray(said.turn.cached)
@@ -320,7 +322,10 @@ class Scheduler:
         session.skip_reason = "late"
         session.expected = round.end
 
-    def _first_words(self, rounds: dict[Session, Round], first: np.ndarray) -> None:
+    def _first_words(self, rounds: dict[Session, Round], first: Array) -> None:
+        """Waits for the first tokens, int32 [B], and tells them; in a thread of its own."""
+        with self.metrics.timed("first"):
+            first = np.asarray(first)
         now, p = self._now(), self.engine.spec.prompt
         for session, round in rounds.items():
             assert session.row is not None

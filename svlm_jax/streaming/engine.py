@@ -6,7 +6,7 @@ Nothing on the host grows with the stream: for each row a count of rounds, a few
 import collections
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -219,14 +219,25 @@ class Engine:
         return turn
 
     def step(
-        self, frames: UInt8[Array, "B F 3 height width"], times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None
+        self,
+        frames: UInt8[Array, "B F 3 height width"],
+        times: Mapping[int, tuple[float, float]],
+        questions: Mapping[int, str] | None = None,
+        *,
+        begun: Callable[[Array], object] | None = None,
     ) -> Round:
-        """One round: both programs enqueued back to back. The host may prepare the next round while the device works."""
+        """One round: both programs enqueued back to back. The host may prepare the next round while the device works.
+
+        `begun` is called in between with the first tokens, int32 [B], which are on their way: to enqueue the second program, a loop, can
+        take until it ends, so who wants to tell them early waits for them in another thread.
+        """
         if self.spec.stream.mode == "windows":
             self._restart_windows()
         prompt = self.prompt(times, questions)
         first = self.ingest(frames, prompt)
         first.copy_to_host_async()
+        if begun is not None:
+            begun(first)
         turn = self.decode()
         jax.tree.map(lambda a: a.copy_to_host_async(), turn)
         return Round(first, turn, tuple(sorted(times)))
