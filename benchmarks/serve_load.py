@@ -36,6 +36,7 @@ class Heard:
 
     rounds: int = 0
     skipped: float = 0.0  # seconds
+    refused: str = ""  # why it was not admitted
     first_words: list[float] = dataclasses.field(default_factory=list)  # seconds from the frame before
 
 
@@ -65,6 +66,10 @@ async def live(url: str, frames: list[bytes], fps: float, seconds: float) -> Hea
                 count += 1
             await socket.send(binary(2, 0))
 
+        first = json.loads(await socket.recv())
+        if first["type"] == "error":
+            heard.refused = first["error"]["message"]
+            return heard
         sending = asyncio.create_task(send())
         async for text in socket:
             event = json.loads(text)
@@ -96,8 +101,11 @@ async def come_and_go(url: str, frames: list[bytes], fps: float, seconds: float,
     """Streams that stay for some seconds, ask, and leave without a word; gives how many they were."""
     rng, began, count = random.Random(seed), time.monotonic(), 0
     while time.monotonic() - began < seconds:
-        count += 1
         async with connect(f"{url.replace('http', 'ws', 1)}/v1/realtime?clock=live", max_size=None) as socket:
+            if json.loads(await socket.recv())["type"] == "error":
+                await asyncio.sleep(1.0)
+                continue
+            count += 1
             for index in range(rng.randint(1, 12)):
                 await socket.send(binary(1, index / fps, frames[index % len(frames)]))
                 if rng.random() < 0.2:
@@ -132,6 +140,7 @@ async def load(url: str, streams: int, seconds: float) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "live_streams": len(heard),
+        "refused": sorted({one.refused for one in heard if one.refused}),
         "live_rounds": sum(one.rounds for one in heard),
         "live_skipped_seconds": round(sum(one.skipped for one in heard), 3),
         "deadline_misses": total(after, "svlm_deadline_misses_total") - total(before, "svlm_deadline_misses_total"),

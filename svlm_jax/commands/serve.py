@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.commands import UsageError
+from svlm_jax.commands.device import check_device
 from svlm_jax.commands.flags import add_engine_arguments, stream_settings
 from svlm_jax.errors import UserError
 
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from svlm_jax.serving.service import ServeConfig, Service
 
     use_compilation_cache(not args.no_compilation_cache)
+    check_device()
     bound = listen(args.host, args.port)
     config = ServeConfig(
         stream=StreamConfig(**settings),
