@@ -225,8 +225,8 @@ class Service:
         """Writes a snapshot to the server's folder, and gives its name. Blocks. Raises Refused."""
         if self.shelf is None:
             raise Refused("this server keeps no snapshots: start it with --state FOLDER, or fetch this one's", status=409)
+        data = self.snapshot(session)
         try:
-            data = self.snapshot(session)
             self.shelf.write(session.id, data)
         except Refused:
             self.metrics.snapshots.labels("failed").inc()
