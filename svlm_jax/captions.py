@@ -73,10 +73,14 @@ def _srt_cue(caption: Caption, number: int) -> str:
     return f"{number}\n{_timing(caption, ',')}\n{_ARROW.sub('→', clean(caption.text))}\n\n"
 
 
-def _json_line(caption: Caption, number: int) -> str:
+def record(caption: Caption) -> dict[str, str | float]:
+    """What a JSON line says about a round."""
     kind = "silence" if caption.silent else "segment"
-    line = {"type": kind, "start": round(caption.start, 3), "end": round(caption.end, 3), "text": clean(caption.text)}
-    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+    return {"type": kind, "start": round(caption.start, 3), "end": round(caption.end, 3), "text": clean(caption.text)}
+
+
+def _json_line(caption: Caption, number: int) -> str:
+    return json.dumps(record(caption), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class _Format(NamedTuple):
@@ -85,6 +89,17 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {".vtt": _Format(b"WEBVTT\n\n", _vtt_cue), ".srt": _Format(b"", _srt_cue), ".jsonl": _Format(b"", _json_line)}
+
+
+def document(captions: Iterable[Caption], suffix: str) -> str:
+    """All that a file of that suffix (.vtt, .srt, .jsonl) would hold."""
+    form, cues = _FORMATS[suffix], 0
+    parts = [form.header.decode()]
+    for caption in captions:
+        cue = form.cue(caption, cues + 1)
+        cues += bool(cue)
+        parts.append(cue)
+    return "".join(parts)
 
 
 class CaptionFile:

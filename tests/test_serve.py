@@ -199,6 +199,7 @@ def test_a_wheel_holds_all_that_a_run_needs(tmp_path):
         f"svlm_jax/demo/tiny/{name}"
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
     }
+    expected |= {f"svlm_jax/serving/page/{name}" for name in ("index.html", "style.css", "icon.svg", "main.js", "api.js", "sources.js")}
     expected |= {"svlm_jax/demo/sample.mp4", "svlm_jax/kernels/ring_attention/api.py", "svlm_jax/configs/models.py"}
     assert expected <= names
     assert not [name for name in names if not name.startswith(("svlm_jax/", "svlm_jax-"))]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from svlm_jax.captions import clock, open_caption_files
+from svlm_jax.commands.device import check_device
 from svlm_jax.commands.flags import add_arguments, stream_settings
 from svlm_jax.errors import UserError
 from svlm_jax.terminal import LiveView
@@ -84,18 +85,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
     """Checks video, model and memory; reads nothing large."""
-    import jax
-
     from svlm_jax.api import Commentary, sample_clip
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache(not args.no_compilation_cache)
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # a platform that is asked for and not there
-        wanted = os.environ.get("JAX_PLATFORMS", "")
-        reason = next(iter(str(error).splitlines()), "") or f"none of {wanted}"
-        raise UserError(f"JAX finds no device ({reason}): unset JAX_PLATFORMS, or set it to cpu") from error
+    check_device()
     return Commentary(
         sample_clip() if args.source is None else args.source,
         args.model,

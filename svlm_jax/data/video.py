@@ -86,14 +86,14 @@ class VideoReader:
     frames of an impossible size.
     """
 
-    def __init__(self, source: str | os.PathLike, threads: int = 0):
-        """`threads` decode; 0: as many as FFmpeg thinks fit."""
-        self.source, self._threads = os.fspath(source), threads
+    def __init__(self, source: str | os.PathLike, *, threads: int = 0, options: dict[str, str] | None = None):
+        """`threads` decode; 0: as many as FFmpeg thinks fit. `options` are libav's, of container and protocol."""
+        self.source, self._threads, self._options = os.fspath(source), threads, options or {}
         self.broken = 0
         self._open()
 
     def _open(self) -> None:
-        self._container = _open_container(self.source)
+        self._container = _open_container(self.source, self._options)
         self._origin: Fraction | None = None  # the first frame's time on the stream's own clock
         self._last: _Shown | None = None
         self._read_to: dict[int, Fraction] = {}  # stream index: where its packets read so far end, on the stream's own clock
@@ -231,7 +231,7 @@ def _reason(error: FFmpegError | OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _open_container(source: str):
+def _open_container(source: str, options: dict[str, str]):
     if not source:
         raise UserError("the video's name is empty: name a file or a URL")
     local = "://" not in source
@@ -245,7 +245,7 @@ def _open_container(source: str):
             raise UserError(f"{source} is empty: fetch or record it again")
     try:
         # titles and the like come in any encoding; they are not used
-        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT, **LENIENT)
+        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT, container_options=options, **LENIENT)
     except (FFmpegError, OSError) as error:
         raise UserError(f"{source} cannot be opened ({_reason(error)}): give a file that a video player can play") from None
     if container.format.name in NOT_VIDEO:
@@ -303,12 +303,13 @@ def read_rounds(
     duration: Number | None = None,
     size: tuple[int, int] | None = None,
     threads: int = 0,
+    options: dict[str, str] | None = None,
 ) -> Iterator[Round]:
     """The rounds of a video. Round r shows frame i at t = start + r * chunk_seconds + i / fps: the last frame that begins at or before t.
 
     `start` and `duration` are in seconds; rounds that begin before start + duration are given. `size` (height, width) in pixels overrules
     the size that follows from `max_pixels`. The last round is given where the video covers its first sample, and repeats the last frame.
-    So many `threads` decode; 0: as many as FFmpeg thinks fit.
+    So many `threads` decode (0: as many as FFmpeg thinks fit). `options` are libav's.
     The file is opened and checked at the call; decoding begins with the first round.
 
     Raises UserError at the call for an unusable file or setting, and while reading where `start` lies beyond the end; TruncatedVideo after
@@ -325,7 +326,7 @@ def read_rounds(
         raise UserError(f"--duration must be positive, not {duration:g}")
     if size is not None and min(size) < 1:
         raise UserError(f"a frame size of {size[1]} x {size[0]} pixels is impossible")
-    reader = VideoReader(source, threads)
+    reader = VideoReader(source, threads=threads, options=options)
     if size is None:
         size = resized_size(reader.info.height, reader.info.width, min_pixels=min(MIN_PIXELS, max_pixels), max_pixels=max_pixels)
     return _rounds(reader, size, [i / rate for i in range(count)], chunk, begin, stop)

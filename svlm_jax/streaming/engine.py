@@ -4,8 +4,10 @@ Nothing on the host grows with the stream: for each row a count of rounds, a few
 """
 
 import collections
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import compute_dtype
 from svlm_jax.streaming.layout import StreamSpec
 from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, spoken_ids, time_capacity
+from svlm_jax.streaming.rows import read_compiled, turned_slots, write_compiled
 from svlm_jax.streaming.state import Prompt, StreamState, Turn, init_state
 from svlm_jax.streaming.step import compiled, decode, ingest
 from svlm_jax.tokenizer import Tokenizer
@@ -23,9 +26,16 @@ from svlm_jax.types import Array, Key, Params, UInt8
 
 
 def make_spec(
-    model: ModelConfig, stream: StreamConfig, tokenizer: Tokenizer, *, height: int, width: int, watch: Sequence[int] = ()
+    model: ModelConfig,
+    stream: StreamConfig,
+    tokenizer: Tokenizer,
+    *,
+    height: int,
+    width: int,
+    watch: Sequence[int] = (),
+    query_capacity: int = 0,
 ) -> StreamSpec:
-    """All static settings of an engine, with rooms sized by the tokenizer."""
+    """All static settings of an engine, with rooms sized by the tokenizer. `query_capacity`: tokens, where streams bring their own queries."""
     return StreamSpec(
         model=model,
         stream=stream,
@@ -33,7 +43,7 @@ def make_spec(
         height=height,
         width=width,
         time_capacity=time_capacity(tokenizer),
-        query_capacity=len(encode_query(tokenizer, stream.query)),
+        query_capacity=max(query_capacity, len(encode_query(tokenizer, stream.query))),
         initial_words=len(encode_words(tokenizer, stream.previous_text)),
         watch=tuple(watch),
     )
@@ -59,15 +69,30 @@ scan_compiled = jax.jit(scan_rounds, donate_argnames="state")
 
 
 @dataclasses.dataclass
-class _Row:
+class StreamHost:
     """What the host remembers of one open stream."""
 
-    age: int = 0
     query: tuple[int, ...] = ()  # asked in its first round
+    age: int = 0
     words: int = 0  # tokens put into the previous text, where that is bounded by a capacity
     recent: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # words of each turn that is not yet in it
     noted: int = 0  # turns that the engine was told of
     memory: list[int] = dataclasses.field(default_factory=list)  # mode "windows": the previous text of the next window
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "StreamHost":
+        """Of what `dataclasses.asdict` gave, lists in the place of tuples and queues."""
+        return cls(**{**fields, "query": tuple(fields["query"]), "recent": collections.deque(fields["recent"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedStream:
+    """A stream out of its row: all that a later round depends on."""
+
+    state: StreamState  # of a batch of one, its count of rounds included; on the device or the host
+    row: StreamHost
+    key: np.ndarray  # uint32, the data of the stream's PRNG key
+    round: int  # the engine's count of rounds when it was taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +120,9 @@ class Engine:
         self.state = init_state(spec, streams, dtype or compute_dtype(params)) if state is None else state
         self._keys = [jax.random.key(spec.stream.seed) for _ in range(streams)]
         self._key = jnp.stack(self._keys)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, StreamHost] = {}
         self._query = encode_query(tokenizer, spec.stream.query)
+        self._round = 0 if state is None else int(state.round)  # as the device counts
 
     @property
     def streams(self) -> int:
@@ -129,7 +155,7 @@ class Engine:
         self._open(row, known)
         self._keys[row] = jax.random.key(self.spec.stream.seed if seed is None else seed)
         self._key = jnp.stack(self._keys)
-        self._rows[row] = _Row(query=asked, words=len(known), memory=known)
+        self._rows[row] = StreamHost(query=asked, words=len(known), memory=known)
 
     def _open(self, row: int, words: list[int]) -> None:
         capacity = self.spec.cache.words_capacity
@@ -139,7 +165,7 @@ class Engine:
         padded[: len(words)] = words
         self.state = compiled["open_stream"](self.params, self.state, np.asarray(row, np.int32), padded, np.asarray(len(words), np.int32))
 
-    def restore_rows(self, rows: Mapping[int, _Row], keys: Sequence[Key[Array, ""]]) -> None:
+    def restore_rows(self, rows: Mapping[int, StreamHost], keys: Sequence[Key[Array, ""]]) -> None:
         """What the host remembers of the streams whose state was put back (`streaming.snapshot`)."""
         self._rows, self._keys = dict(rows), list(keys)
         self._key = jnp.stack(self._keys)
@@ -148,6 +174,24 @@ class Engine:
         """Ends the stream in `row` and empties it."""
         del self._rows[row]
         self.state = compiled["close_stream"](self.state, np.asarray(row, np.int32))
+
+    def take(self, row: int = 0) -> SavedStream:
+        """A copy of the stream in `row` as it is between rounds; the stream itself goes on."""
+        state = read_compiled(self.state, np.asarray(row, np.int32))
+        return SavedStream(state, copy.deepcopy(self._rows[row]), np.asarray(jax.random.key_data(self._keys[row])), self._round)
+
+    def put(self, row: int, saved: SavedStream) -> None:
+        """Has a stream go on in `row`, which must not be open. In an engine without streams, everything is bit for bit as it was."""
+        if row in self._rows:
+            raise ValueError(f"row {row} has a stream")
+        if not self._rows:
+            self._round = saved.round
+            self.state = self.state.replace(round=jnp.asarray(saved.round, jnp.int32))
+        order = turned_slots(self.spec.cache, self._round - saved.round)
+        self.state = write_compiled(self.state, saved.state, np.asarray(row, np.int32), order)
+        self._keys[row] = jax.random.wrap_key_data(jnp.asarray(saved.key))
+        self._key = jnp.stack(self._keys)
+        self._rows[row] = copy.deepcopy(saved.row)
 
     def prompt(self, times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None) -> Prompt:
         """The arrays of one round from each open row's (start, end) in seconds, and questions in mid-stream."""
@@ -187,19 +231,31 @@ class Engine:
     def decode(self) -> Turn:
         """The rest of the round; enqueued, not awaited."""
         self.state, turn = compiled["decode"](self.params, self.state, self._key)
+        self._round += 1
         for row in self._rows.values():
             row.age += 1
         return turn
 
     def step(
-        self, frames: UInt8[Array, "B F 3 height width"], times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None
+        self,
+        frames: UInt8[Array, "B F 3 height width"],
+        times: Mapping[int, tuple[float, float]],
+        questions: Mapping[int, str] | None = None,
+        *,
+        begun: Callable[[Array], object] | None = None,
     ) -> Round:
-        """One round: both programs enqueued back to back. The host may prepare the next round while the device works."""
+        """One round: both programs enqueued back to back. The host may prepare the next round while the device works.
+
+        `begun` is called in between with the first tokens, int32 [B], which are on their way: to enqueue the second program, a loop, can
+        take until it ends, so who wants to tell them early waits for them in another thread.
+        """
         if self.spec.stream.mode == "windows":
             self._restart_windows()
         prompt = self.prompt(times, questions)
         first = self.ingest(frames, prompt)
         first.copy_to_host_async()
+        if begun is not None:
+            begun(first)
         turn = self.decode()
         jax.tree.map(lambda a: a.copy_to_host_async(), turn)
         return Round(first, turn, tuple(sorted(times)))
@@ -225,7 +281,7 @@ class Engine:
                 self._open(index, row.memory)
                 row.age = 0
 
-    def _check_capacity(self, row: _Row) -> None:
+    def _check_capacity(self, row: StreamHost) -> None:
         s = self.spec.stream
         if s.mode == "full" and row.age >= s.capacity_rounds:
             raise UserError(

@@ -16,7 +16,7 @@ import ml_dtypes  # noqa: F401  (gives numpy the names of bfloat16 and its kin)
 import numpy as np
 
 from svlm_jax.errors import UserError
-from svlm_jax.streaming.engine import Engine, _Row
+from svlm_jax.streaming.engine import Engine, StreamHost
 
 HEADER = "header"
 
@@ -91,7 +91,7 @@ def load_engine(engine: Engine, path: Path) -> None:
     engine.state = jax.tree.unflatten(tree, put)
     engine.restore_rows(
         {
-            int(index): _Row(**{**row, "recent": collections.deque(row["recent"]), "query": tuple(row["query"])})
+            int(index): StreamHost(**{**row, "recent": collections.deque(row["recent"]), "query": tuple(row["query"])})
             for index, row in header["rows"].items()
         },
         [jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32)) for key in header["keys"]],
