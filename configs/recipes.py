@@ -11,6 +11,7 @@ video, so that a batch is 512 samples, and more of smaller ones. All hardware se
 The names are STAGE_SIZE_HARDWARE. `svlm plan NAME` gives what each takes of a chip, the least time of a step and the MFU at that; of those below
 that was done with all weights trained, moments in float32, and rows full of one sample. The others are as yet untried.
 
+    4 x H100          stage1_7b   61.7 of 76.0 GB    196.3 s, 77%    benchmarks/plan_stage1_7b_h100_4.json
     4 x H100, 4 rows  stage1_7b   59.6 of 76.0 GB    1.3 s, 88%    benchmarks/plan_7b_h100_4.json
     h100x8            stage1_7b   53.4 of 76.0 GB    85.5 s, 88%    benchmarks/plan_stage1_7b_h100x8.json
     h100x8            stage2_7b   56.0 of 76.0 GB    307.9 s, 76%    benchmarks/plan_stage2_7b_h100x8.json

@@ -65,6 +65,8 @@ def kept_bytes(trainer: Trainer, shapes: Batch, policy: str) -> float:
     inputs, out = t.hidden_size, t.hidden_size
     qkv = (t.num_attention_heads + 2 * t.num_key_value_heads) * head / tensor
     heads = t.num_attention_heads * head / tensor
+    if trainer.recipe.attention.name != "xla":
+        heads *= 2  # once as the kernel's own residual, once by name
     mlp = t.intermediate_size / tensor
     widths = {"full": inputs, "gate_up": inputs + out + qkv + heads}
     widths["products"] = widths["gate_up"] + 2 * mlp
