@@ -3,8 +3,8 @@
     python benchmarks/train_match.py FOLDER --seconds 1500 --processes 16 --json benchmarks/train_match.json
 
 What is in FOLDER already is gone on with: data are not made again, a stage that was stopped goes on from its last checkpoint, and
-`--weights DIR` begins from weights alone, such as FOLDER/model of another machine. FOLDER/model is written after each stage, so that what has
-been learnt is never in one place only.
+`--weights DIR` begins from weights alone, such as FOLDER/model of another machine. FOLDER/model is written anew after every checkpoint, to be copied
+away: what has been learnt should never be in one place only.
 """
 
 import argparse
@@ -37,15 +37,10 @@ class Clock:
         print(f"[{self():6.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def python(*words: str, seconds: float | None = None, log: Path | None = None) -> int:
-    """Runs a module or script; told to end (SIGTERM, at which train.py saves) when its time is up. Its exit code."""
-    with open(log, "a") if log else open(os.devnull, "w") as out:
-        work = subprocess.Popen([sys.executable, *words], stderr=out if log else None, env={**os.environ, "PYTHONPATH": _path()})
-        try:
-            return work.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            work.send_signal(signal.SIGTERM)
-            return work.wait()
+def start(*words: str, log: Path | None = None) -> subprocess.Popen:
+    """Begins a module or script; what it says goes into `log`."""
+    with open(log or os.devnull, "a") as out:
+        return subprocess.Popen([sys.executable, *words], stderr=out if log else None, env={**os.environ, "PYTHONPATH": _path()})
 
 
 def _path() -> str:
@@ -63,12 +58,23 @@ def stage(name: str, preset: str, args: argparse.Namespace, settings: list[str],
     """Runs train.py; its steps. Ends the program where it fails."""
     run, log = args.folder / name, args.folder / f"{name}.log"
     data = [f"data.datasets.{each}.{key}={value}" for each in _sets(preset) for key, value in _places(args.folder, each)]
-    code = python(str(ROOT / "train.py"), preset, f"out={run}", *data, *settings, *args.set, seconds=seconds, log=log)
+    work, kept, asked = start(str(ROOT / "train.py"), preset, f"out={run}", *data, *settings, *args.set, log=log), 0, False
+    begin = time.perf_counter()
+    while (code := work.poll()) is None:
+        time.sleep(1)
+        if not asked and seconds is not None and time.perf_counter() - begin > seconds:
+            work.send_signal(signal.SIGTERM)  # it saves, and ends
+            asked = True
+        saved = max((int(each.name) for each in (run / "checkpoints").glob("*") if each.name.isdecimal()), default=0)
+        if saved > kept:  # what has been learnt so far is never in one place only
+            kept = saved
+            export(run, args.folder / "model")
     steps = metrics(run)
     clock.say(f"{name}: exit code {code}, {len(steps)} steps, loss {steps[-1]['loss']:.4f}" if steps else f"{name}: exit code {code}, no step")
     if code or not steps:
         sys.exit(f"{name} failed: see the end of {log}")
-    export(run, args.folder / "model")
+    if not export(run, args.folder / "model"):
+        sys.exit(f"{run} cannot be converted")
     return steps
 
 
@@ -80,14 +86,15 @@ def _places(folder: Path, name: str) -> list[tuple[str, str]]:
     return [("path", str(folder / "data" / f"{name}.jsonl")), ("videos", str(folder / "data"))]
 
 
-def export(run: Path, target: Path) -> None:
-    """The last checkpoint's weights in bfloat16, in place of those that were there."""
+def export(run: Path, target: Path) -> bool:
+    """The last checkpoint's weights in bfloat16, in place of those that were there; whether they could be read."""
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    if python("-m", "svlm_jax.cli", "convert", str(run), str(fresh), "--dtype", "bfloat16"):
-        sys.exit(f"{run} cannot be converted")
+    if start("-m", "svlm_jax.cli", "convert", str(run), str(fresh), "--dtype", "bfloat16", log=target.with_name("convert.log")).wait():
+        return False
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
+    return True
 
 
 def curve(steps: list[dict[str, Any]], points: int = 120) -> list[list[float]]:
@@ -115,13 +122,13 @@ def main() -> None:
     data = args.folder / "data"
     if not (data / "chunks.jsonl").exists():
         counts = ["--matches", str(args.matches), "--openings", str(args.openings), "--processes", str(args.processes)]
-        if python("-m", "svlm_jax.demo.training_data", str(data), *counts):
+        if start("-m", "svlm_jax.demo.training_data", str(data), *counts).wait():
             sys.exit("the data could not be made")
     spent["data"] = clock()
     clock.say(f"{len(list(data.glob('*.mp4')))} videos")
     begin = args.weights or args.folder / "start"
     if not args.weights and not begin.exists():
-        python("-m", "svlm_jax.demo.make_match_model", str(begin))
+        start("-m", "svlm_jax.demo.make_match_model", str(begin)).wait()
 
     rest = args.seconds - clock()
     first = stage("run1", "sft_match", args, [f"weights={begin}", "steps=100000", *STEADY], clock, rest - args.second_stage * rest)

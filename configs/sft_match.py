@@ -47,5 +47,5 @@ def config() -> RunConfig:
         remat="nothing",
         vision_remat="nothing",
         max_segments=2,
-        checkpoint=CheckpointConfig(every=500, keep=2),
+        checkpoint=CheckpointConfig(every=400, keep=3),
     )
