@@ -15,6 +15,7 @@ from svlm_jax import cli
 from svlm_jax.api import sample_clip
 from svlm_jax.commands import UsageError
 from svlm_jax.commands.flags import add_arguments
+from svlm_jax.config import StreamConfig
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 
@@ -38,7 +39,7 @@ VIDEO
 --text-capacity TOKENS 8192
 --mode {streaming,full,windows,recompute} 'streaming'
 --positions {contiguous,append} 'contiguous'
---capacity-rounds ROUNDS
+--capacity-rounds ROUNDS 64
 --query TEXT 'Commentate on this match'
 --question TEXT@SECONDS []
 --previous-text TEXT ''
@@ -54,7 +55,8 @@ VIDEO
 def described(action: argparse.Action) -> str:
     name = action.option_strings[0] if action.option_strings else ""
     value = f"{{{','.join(action.choices)}}}" if action.choices else action.metavar or ""
-    default = "" if action.default is None or action.default is False else repr(action.default)
+    usual = getattr(StreamConfig(), action.dest) if action.default == argparse.SUPPRESS else action.default  # unless the model says otherwise
+    default = "" if usual is None or usual is False else repr(usual)
     return " ".join(part for part in (name, value, default) if part)
 
 
