@@ -1,5 +1,6 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, and with every shape and type of the package's signatures checked."""
 
+import gc
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import jaxtyping
+import pytest
 
 ROOT = Path(__file__).parent.parent
 UNCHECKED = {
@@ -35,6 +37,21 @@ _caches = Path(tempfile.gettempdir()) / f"svlm-jax-tests-{os.environ.get('PYTEST
 os.environ["XDG_CACHE_HOME"] = str(_caches)
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 jaxtyping.install_import_hook(checked_modules(), "typecheck.checked")
+
+
+MOST_MAPPINGS = 30_000  # of memory, of the 65,530 that Linux allows a process: each compiled program takes some, and without room XLA crashes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Lets go of compiled programs where there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_sessionfinish(session):

@@ -97,5 +97,5 @@ def test_streams_have_their_own_queries():
     held = [visible(engine.state, row).tokens.tolist() for row in (0, 1)]
     inside = [any(ids[i : i + len(asked)] == asked for i in range(len(ids))) for ids in held]
     assert inside == [False, True]
-    with pytest.raises(UserError, match=r"the query has .* fit: shorten it"):
+    with pytest.raises(UserError, match=r"the query of stream 0 has .* fit: shorten it"):
         engine.open(0, query="why " * 200)

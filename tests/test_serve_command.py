@@ -25,6 +25,7 @@ FLAGS = """
 --model DIR
 --weights DIR
 --dtype {float32,bfloat16}
+--quantize {int8,fp8}
 --no-compilation-cache
 --fps RATE 2.0
 --chunk SECONDS 1.0
