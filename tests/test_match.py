@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+import svlm_jax
 from svlm_jax.checkpoints.stream_settings import read_stream_settings, write_stream_settings
 from svlm_jax.cli import run
 from svlm_jax.data.annotations import AnnotationFile
@@ -18,6 +20,7 @@ from svlm_jax.demo import commentary, match, picture
 from svlm_jax.demo.commentary import NUMBERS, Claim, claims, commentate, random_questions, round_of
 from svlm_jax.demo.film import FilmConfig, chunks, spoken, write_video
 from svlm_jax.demo.make_match_model import SETTINGS
+from svlm_jax.demo.make_match_model import write as write_model
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.demo.make_tokenizer import make
 from svlm_jax.demo.match import BREADTH, LENGTH, NEAR, TICK, TOUCHING, simulate
@@ -289,3 +292,10 @@ def test_settings_beside_the_weights(tmp_path, capsys):
         (tmp_path / "streaming.json").write_text(text)
         with pytest.raises(UserError, match=told):
             read_stream_settings(tmp_path)
+
+
+def test_the_untrained_model_is_small_and_a_checkpoint_like_any_other(tmp_path):
+    write_model(tmp_path / "model")
+    assert read_stream_settings(tmp_path / "model") == SETTINGS
+    model = svlm_jax.load(tmp_path / "model", dtype="bfloat16")
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) <= 12_000_000
