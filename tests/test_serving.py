@@ -434,6 +434,40 @@ def test_chat(server):
         assert refused.value.status_code in (400, 403)
 
 
+def as_uri(data, kind):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def test_chats_as_lmms_eval_sends_them(server):
+    """The requests of its model `openai` (0.7.3): a video as frames in PNG, or as an address with a number of frames."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    settings = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+
+    def ask(*parts, **more):
+        return client.chat.completions.create(messages=[{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}], **settings, **more)
+
+    def tokens(*parts, **more):
+        return ask(*parts, **more).usage.prompt_tokens
+
+    frames = [{"type": "image_url", "image_url": {"url": as_uri(picture(n, 56, 56, "PNG"), "image/png")}} for n in range(3)]
+    clip = {"type": "video_url", "video_url": {"url": as_uri(sample_clip().read_bytes(), "video/mp4")}}
+    nothing = tokens(top_p=0.9, seed=1, presence_penalty=0, frequency_penalty=0.0, n=1, response_format={"type": "text"})
+    assert tokens(*frames) - nothing == 3 * (2 * 2 + 2)  # a token for 28 x 28 pixels, and one before and after
+    assert tokens(clip, extra_body={"media_io_kwargs": {"video": {"num_frames": 4}}}) - nothing == 2 * (4 * 3) + 2  # two frames are one step
+    for wrong in (
+        {"presence_penalty": 0.5},
+        {"n": 2},
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"media_io_kwargs": {"video": {"num_frames": 0}}}},
+        {"extra_body": {"media_io_kwargs": {"video": {"fps": 2}}}},
+        {"extra_body": {"media_io_kwargs": 8}},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            ask(**wrong)
+    with pytest.raises(openai.PermissionDeniedError, match="allow-files"):
+        ask({"type": "video_url", "video_url": {"url": "file:///etc/passwd"}})
+
+
 def test_metrics(server, sample):
     families = {family.name: family for family in text_string_to_metric_families(server.http.get("/metrics").text)}
     values = {(s.name, *s.labels.values()): s.value for family in families.values() for s in family.samples}
