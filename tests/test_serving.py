@@ -28,7 +28,8 @@ from websockets.asyncio.client import connect
 
 from svlm_jax.api import sample_clip
 from svlm_jax.config import StreamConfig
-from svlm_jax.data.video import read_rounds
+from svlm_jax.data.resize import resized_size
+from svlm_jax.data.video import probe, read_rounds
 from svlm_jax.programs import use_compilation_cache
 from svlm_jax.serving.service import ServeConfig, Service
 from svlm_jax.streaming.engine import Engine
@@ -449,11 +450,13 @@ def test_chats_as_lmms_eval_sends_them(server):
     def tokens(*parts, **more):
         return ask(*parts, **more).usage.prompt_tokens
 
-    frames = [{"type": "image_url", "image_url": {"url": as_uri(picture(n, 56, 56, "PNG"), "image/png")}} for n in range(3)]
+    frames = [{"type": "image_url", "image_url": {"url": as_uri(picture(n, 84, 112, "PNG"), "image/png")}} for n in range(3)]
     clip = {"type": "video_url", "video_url": {"url": as_uri(sample_clip().read_bytes(), "video/mp4")}}
     nothing = tokens(top_p=0.9, seed=1, presence_penalty=0, frequency_penalty=0.0, n=1, response_format={"type": "text"})
-    assert tokens(*frames) - nothing == 3 * (2 * 2 + 2)  # a token for 28 x 28 pixels, and one before and after
-    assert tokens(clip, extra_body={"media_io_kwargs": {"video": {"num_frames": 4}}}) - nothing == 2 * (4 * 3) + 2  # two frames are one step
+    assert tokens(*frames) - nothing == 3 * (3 * 4 + 2)  # a token for 28 x 28 pixels, and one before and after
+    info = probe(sample_clip())
+    height, width = resized_size(info.height, info.width, min_pixels=9408, max_pixels=9408)
+    assert tokens(clip, extra_body={"media_io_kwargs": {"video": {"num_frames": 4}}}) - nothing == 2 * (height // 28) * (width // 28) + 2  # two frames are one step
     for wrong in (
         {"presence_penalty": 0.5},
         {"n": 2},
