@@ -128,6 +128,25 @@ def test_the_model_of_lmms_eval(monkeypatch):
     with pytest.raises(NotImplementedError, match="generate_until"):
         made.loglikelihood([])
 
+    asked_of = []
+
+    def rounds(doc, round_idx=None, previous_output=None, previous_round_info=None):
+        asked_of.append((round_idx, previous_output, previous_round_info))
+        if round_idx is None:
+            return [doc["q"], "first"]
+        return ([doc["q"], round_idx] if round_idx < 3 else None), round_idx == 3, previous_output, {"round": round_idx}
+
+    calls.clear()
+    request = SimpleNamespace(args=("context", rounds, settings, 0, "task", "test"))
+    assert made.generate_until_multi_round([request] * 2) == [["A. Yes"] * 3] * 2
+    assert [messages for _, messages, _, _ in calls[:3]] == [["Who?", "first"], ["Who?", 1], ["Who?", 2]] and len(calls) == 6
+    assert asked_of[:4] == [
+        (None, None, None),
+        (1, ["A. Yes"], None),
+        (2, ["A. Yes"] * 2, {"round": 1}),
+        (3, ["A. Yes"] * 3, {"round": 2}),
+    ]
+
 
 def test_frames_are_those_of_the_seconds(model):
     part = answers._part(model, {"type": "video", "url": CLIP, "start_time": 3.0, "end_time": 4.0}, AnswerConfig(max_pixels=56 * 84))

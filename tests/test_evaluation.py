@@ -1,5 +1,6 @@
 """Contestants at work: a checkpoint on many videos as one batch, killed and gone on with; a server that takes pictures; all of `svlm eval`."""
 
+import argparse
 import base64
 import dataclasses
 import io
@@ -16,10 +17,13 @@ from PIL import Image
 
 from svlm_jax import cli
 from svlm_jax.checkpoints.load import LoadedModel
+from svlm_jax.checkpoints.stream_settings import write_stream_settings
+from svlm_jax.commands.eval_flags import add_sides
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.video import read_rounds
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation import watching
+from svlm_jax.evaluation.compare import run_config, sides
 from svlm_jax.evaluation.inf_streams import Piece, merge, read_games, shard
 from svlm_jax.evaluation.journal import Journal
 from svlm_jax.evaluation.watch import Watch
@@ -362,6 +366,27 @@ def test_a_checkpoint_from_end_to_end(videos, tmp_path, monkeypatch):
     assert found["votes"]["total"]["ties"] == 7 and found["votes"]["total"]["first_shown"] == 1.0
     assert found["measures"]["a"]["seconds"] == 36 + 30 + 10 and 0 < found["measures"]["a"]["words_a_second"] <= 4
     assert cli.run([*map(str, command), "--temperature", "0.5"]) == 1  # other settings do not mix in one folder
+
+
+def test_a_checkpoint_is_run_by_its_own_settings(tmp_path):
+    """What the flags do not say is as `streaming.json` has it, for the checkpoint and for the server that is shown its frames."""
+    write_stream_settings(tmp_path, {"fps": 4, "text_sink": 64, "temperature": 0})
+    parser = argparse.ArgumentParser()
+    add_sides(parser)
+    for flags, fps in (([], 4), (["--fps", "1"], 1)):
+        args = parser.parse_args(["--a", str(tmp_path), "--b", "http://localhost/v1#gpt", *flags])
+        given = sides(args)
+        for who in given.values():
+            config = run_config(args, given, who)
+            assert (config.fps, config.text_sink, config.temperature) == (fps, 64, 0)
+            assert config.max_pixels == StreamConfig().max_pixels
+    alone = parser.parse_args(["--a", "demo"])
+    assert run_config(alone, sides(alone), sides(alone)["a"]) == StreamConfig()
+    (tmp_path / "streaming.json").write_text('{"fpz": 4}')
+    with pytest.raises(UserError, match="there is no setting fpz"):
+        run_config(args, given, given["a"])
+    args = parser.parse_args(["--a", "no/such", "--dry-run"])
+    assert run_config(args, sides(args), sides(args)["a"]) == StreamConfig()  # an estimate needs no checkpoint
 
 
 def test_livesports_from_end_to_end(videos, tmp_path, monkeypatch):

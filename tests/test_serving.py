@@ -28,7 +28,8 @@ from websockets.asyncio.client import connect
 
 from svlm_jax.api import sample_clip
 from svlm_jax.config import StreamConfig
-from svlm_jax.data.video import read_rounds
+from svlm_jax.data.resize import resized_size
+from svlm_jax.data.video import probe, read_rounds
 from svlm_jax.programs import use_compilation_cache
 from svlm_jax.serving.service import ServeConfig, Service
 from svlm_jax.streaming.engine import Engine
@@ -432,6 +433,43 @@ def test_chat(server):
         with pytest.raises(openai.APIStatusError) as refused:
             client.chat.completions.create(model="tiny", messages=wrong)
         assert refused.value.status_code in (400, 403)
+
+
+def as_uri(data, kind):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def test_chats_as_lmms_eval_sends_them(server):
+    """The requests of its model `openai` (0.7.3): a video as frames in PNG, or as an address with a number of frames."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    settings = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+
+    def ask(*parts, **more):
+        return client.chat.completions.create(messages=[{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}], **settings, **more)
+
+    def tokens(*parts, **more):
+        return ask(*parts, **more).usage.prompt_tokens
+
+    frames = [{"type": "image_url", "image_url": {"url": as_uri(picture(n, 84, 112, "PNG"), "image/png")}} for n in range(3)]
+    clip = {"type": "video_url", "video_url": {"url": as_uri(sample_clip().read_bytes(), "video/mp4")}}
+    nothing = tokens(top_p=0.9, seed=1, presence_penalty=0, frequency_penalty=0.0, n=1, response_format={"type": "text"})
+    assert tokens(*frames) - nothing == 3 * (3 * 4 + 2)  # a token for 28 x 28 pixels, and one before and after
+    info = probe(sample_clip())
+    height, width = resized_size(info.height, info.width, min_pixels=9408, max_pixels=9408)
+    four = tokens(clip, extra_body={"media_io_kwargs": {"video": {"num_frames": 4}}})
+    assert four - nothing == 2 * (height // 28) * (width // 28) + 2  # two frames are one step
+    for wrong in (
+        {"presence_penalty": 0.5},
+        {"n": 2},
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"media_io_kwargs": {"video": {"num_frames": 0}}}},
+        {"extra_body": {"media_io_kwargs": {"video": {"fps": 2}}}},
+        {"extra_body": {"media_io_kwargs": 8}},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            ask(**wrong)
+    with pytest.raises(openai.PermissionDeniedError, match="allow-files"):
+        ask({"type": "video_url", "video_url": {"url": "file:///etc/passwd"}})
 
 
 def test_metrics(server, sample):

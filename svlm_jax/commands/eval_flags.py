@@ -1,6 +1,7 @@
 """Flags that the benchmarks of commentary share."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from svlm_jax.commands import UsageError
@@ -52,16 +53,18 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--streams", metavar="N", type=_count, default=1, help="streams that run as one batch (default: 1)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
     model.add_argument("--save-every", metavar="ROUNDS", type=_count, default=300, help="rounds between two savings (default: 300)")
+    stream = parser.add_argument_group("stream", "what is not given is as the checkpoint's streaming.json has it, or else the default")
     defaults = StreamConfig()
     for flag, (field, kind, text) in STREAM_FLAGS.items():
-        default = getattr(defaults, field)
-        model.add_argument(flag, dest=field, type=kind, default=default, help=f"{text} (default: {default})")
+        help = f"{text} (default: {getattr(defaults, field)})"
+        stream.add_argument(flag, dest=field, type=kind, default=argparse.SUPPRESS, help=help)
 
 
-def stream_config(args: argparse.Namespace) -> StreamConfig:
-    """UsageError where the flags do not go together."""
+def stream_config(args: argparse.Namespace, settings: Mapping[str, Any]) -> StreamConfig:
+    """Of the flags that are given, and for the rest of a checkpoint's own settings. UsageError where they do not go together."""
+    given = {field: getattr(args, field) for field, _, _ in STREAM_FLAGS.values() if hasattr(args, field)}
     try:
-        return StreamConfig(**{field: getattr(args, field) for field, _, _ in STREAM_FLAGS.values()})
+        return StreamConfig(**{**settings, **given})
     except UserError as error:
         raise UsageError(str(error)) from None
 

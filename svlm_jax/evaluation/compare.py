@@ -7,10 +7,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from svlm_jax.checkpoints.stream_settings import read_stream_settings
+from svlm_jax.commands.eval_flags import stream_config
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation.contestants import Asking, Contestant, Showing, parse_contestant
@@ -74,6 +76,21 @@ def sides(args: argparse.Namespace) -> dict[str, Contestant]:
     if len({each.name for each in given.values()}) < len(given):
         given = {side: dataclasses.replace(each, name=f"{each.name} ({side})") for side, each in given.items()}
     return given
+
+
+def run_config(args: argparse.Namespace, given: Mapping[str, Contestant], who: Contestant | None) -> StreamConfig:
+    """How a side is run: a checkpoint by its own `streaming.json` where the flags say nothing, a server as the checkpoint beside it."""
+    model = who.model if who is not None and who.model else next((each.model for each in given.values() if each.model), None)
+    return stream_config(args, {} if model in (None, "demo") else _settings_of(str(model), must=not args.dry_run))
+
+
+def _settings_of(model: str, must: bool) -> dict[str, Any]:
+    """Beside a checkpoint's weights. UserError where there `must` be a checkpoint and is none."""
+    from svlm_jax.checkpoints.load import find
+
+    if not must and not Path(model).expanduser().is_dir():  # an estimate downloads nothing
+        return {}
+    return read_stream_settings(find(model)[0])
 
 
 def judge_endpoint(args: argparse.Namespace) -> Endpoint | None:

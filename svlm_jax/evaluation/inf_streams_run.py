@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from svlm_jax.commands.eval_flags import stream_config
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation import cost
 from svlm_jax.evaluation.compare import (
@@ -19,6 +18,7 @@ from svlm_jax.evaluation.compare import (
     patience,
     read_prompt,
     refusals,
+    run_config,
     sides,
     vote,
 )
@@ -120,7 +120,7 @@ def _results(
     who = given[side]
     if who.results is not None:
         return read_results(who.results), 0
-    config, endless = stream_config(args), args.chunk_seconds is None
+    config, endless = run_config(args, given, who), args.chunk_seconds is None
     job = Job(
         watches=_watches(args, games),
         config=config,
@@ -179,8 +179,8 @@ def _scores(segments: Sequence[Segment], votes: Mapping[str, Votes], model: str)
 
 def _estimate(args: argparse.Namespace) -> list[str]:
     """What the run would take; of the published benchmark where no metadata is given."""
-    config = stream_config(args)
     given = sides(args)
+    config = run_config(args, given, given.get("a"))
     prompt = read_prompt(args.judge_prompt, STREAM_PROMPT)
     checkpoints = sum(who.model is not None for who in given.values()) if given else 1
     rate = cost.read_rate(Path(args.rates) if args.rates else None, fps=config.fps, streams=args.streams) if checkpoints else None

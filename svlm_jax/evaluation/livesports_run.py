@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from svlm_jax.commands.eval_flags import stream_config
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation import cost
 from svlm_jax.evaluation.compare import (
@@ -17,6 +16,7 @@ from svlm_jax.evaluation.compare import (
     patience,
     read_prompt,
     refusals,
+    run_config,
     sides,
     vote,
 )
@@ -77,7 +77,7 @@ def _results(
     who = given[side]
     if who.results is not None:
         return read_results(who.results), 0
-    config = stream_config(args)
+    config = run_config(args, given, who)
     by_name = {event.name: event for event in events}
 
     def record(made: Record) -> Row:
@@ -107,7 +107,8 @@ def _results(
 
 
 def _estimate(args: argparse.Namespace) -> list[str]:
-    config, given = stream_config(args), sides(args)
+    given = sides(args)
+    config = run_config(args, given, given.get("a"))
     prompt = read_prompt(args.judge_prompt, EVENT_PROMPT)
     events = read_events(Path(args.events))
     checkpoints = sum(who.model is not None for who in given.values()) if given else 1

@@ -37,10 +37,22 @@ class Svlm(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("svlm answers in words: choose a task of output_type generate_until")
+        raise NotImplementedError("svlm answers in words: choose a task of output_type generate_until or generate_until_multi_round")
 
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("svlm answers in one round: choose a task of output_type generate_until")
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """The answers of all rounds, for each request. The task asks anew after every answer, until it says that it has done."""
+        found = []
+        for request in requests:
+            _, doc_to_messages, generation, doc, task, split = request.args
+            row = self.task_dict[task][split][doc]
+            sampling, said = _sampling(generation), []
+            messages, ended, info = doc_to_messages(row), False, None
+            while not ended:
+                said.append(cut(answer(self.model, messages, self.config, **sampling), generation.get("until")))
+                told = {"round_idx": len(said), "previous_output": list(said), "previous_round_info": info}
+                messages, ended, _, info = doc_to_messages(row, **told)
+            found.append(said)
+        return found
 
 
 def _sampling(generation: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,8 +37,15 @@ from svlm_jax.streaming.prompt import PromptLayout, spoken_ids
 MOST_TOKENS, USUAL_TOKENS = 1024, 128  # of an answer
 PROMPT_TOKENS = 16_384
 SPECIAL = re.compile(r"<\|[a-z_]+\|>")  # how templates write structural tokens: nobody's text may hold them
-IGNORED = {"user", "n", "stop", "store", "metadata", "stream_options"}  # "n" and "stop" at their defaults alone
-KNOWN = {"model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"}
+IGNORED = {"user", "store", "metadata", "stream_options"}
+DEFAULTS: dict[str, tuple[Any, ...]] = {  # what is taken at its default alone, as clients send it
+    "n": (1,),
+    "stop": ([], ""),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "response_format": ({"type": "text"},),
+}
+KNOWN = {"model", "messages", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "media_io_kwargs"}
 
 
 class Chat:
@@ -61,7 +69,7 @@ class Chat:
             raise Full(f"{self._waiting} chats wait already: try again later")
         self._waiting += 1
         try:
-            work = asyncio.get_running_loop().run_in_executor(self._thread, self._answer, body.get("messages"), settings)
+            work = asyncio.get_running_loop().run_in_executor(self._thread, self._answer, body.get("messages"), self._spread(body), settings)
             said, prompt_tokens = await work
         except Exception:
             self.service.metrics.chats.labels("failed").inc()
@@ -80,13 +88,14 @@ class Chat:
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
 
     def _settings(self, body: dict[str, Any]) -> dict[str, Any]:
-        unknown = sorted(set(body) - KNOWN - IGNORED)
+        unknown = sorted(set(body) - KNOWN - IGNORED - set(DEFAULTS))
         if unknown:
             raise Refused(f"there is no setting {unknown[0][:40]!r} of a chat")
         if body.get("model") not in (None, self.service.name):
             raise Refused(f"there is no model {str(body.get('model'))[:60]!r} here, but {self.service.name!r}", status=404)
-        if body.get("n") not in (None, 1) or body.get("stop"):
-            raise Refused("one answer is given, to its end: n and stop cannot be used")
+        for name, taken in DEFAULTS.items():
+            if body.get(name) is not None and body[name] not in taken:
+                raise Refused(f"one answer is given, in text and to its end: {name} cannot be set")
         tokens = body.get("max_completion_tokens", body.get("max_tokens")) or USUAL_TOKENS
         settings = {
             "max_new_tokens": _number("max_tokens", tokens, 1, MOST_TOKENS, whole=True),
@@ -96,7 +105,15 @@ class Chat:
         }
         return {name: value for name, value in settings.items() if value is not None}
 
-    def _answer(self, messages: Any, settings: dict[str, Any]) -> tuple[Answer, int]:
+    def _spread(self, body: dict[str, Any]) -> int | None:
+        """How many frames a clip is to have, spread over all of it, as vLLM's clients say it; None: all at the server's rate."""
+        given = body.get("media_io_kwargs")
+        video = given.get("video", {}) if isinstance(given, dict) else given
+        if given is not None and (not isinstance(video, dict) or set(given) - {"video"} or set(video) - {"num_frames"}):
+            raise Refused("media_io_kwargs can say one thing: {\"video\": {\"num_frames\": N}}")
+        return _number("num_frames", (video or {}).get("num_frames"), 1, self.limits.chat_frames, whole=True)
+
+    def _answer(self, messages: Any, spread: int | None, settings: dict[str, Any]) -> tuple[Answer, int]:
         """In the chat's thread: decodes, lays out, runs."""
         model = self.service.model
         assert model is not None
@@ -109,7 +126,7 @@ class Chat:
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
             read: list[Part] = []
             for part in parts:
-                piece, frames = self._part(part, room)
+                piece, frames = self._part(part, room, spread)
                 room -= frames
                 read.append(piece)
             told.append({"role": message.get("role"), "content": read})
@@ -120,7 +137,7 @@ class Chat:
         tokens, logits = answer(model.params, model.config, layout, prompt, **settings)
         return Answer(model.tokenizer.decode(spoken_ids(tokens, layout)).strip(), tokens, logits), len(prompt.tokens)
 
-    def _part(self, part: Any, room: int) -> tuple[Part, int]:
+    def _part(self, part: Any, room: int, spread: int | None) -> tuple[Part, int]:
         """A part of a message, and how many frames it has. Refused for what cannot be used."""
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
@@ -131,11 +148,11 @@ class Chat:
         url = named.get("url") if isinstance(named, dict) else named
         if room < 1:
             raise Refused(f"{self.limits.chat_frames} frames are the most of one chat")
-        frames = self._decode(check_text(url, kind, self.limits.chat_bytes), "image" if kind == "image_url" else "video", room)
-        return (Image(frames[0]), 1) if kind == "image_url" else (Clip(frames, self.service.spec.stream.fps), len(frames))
+        decoded = self._decode(check_text(url, kind, self.limits.chat_bytes), "image" if kind == "image_url" else "video", room, spread)
+        return (Image(decoded.frames[0]), 1) if kind == "image_url" else (decoded, len(decoded.frames))
 
-    def _decode(self, url: str, kind: str, room: int) -> np.ndarray:
-        """uint8 [F, 3, height, width], by a process of its own."""
+    def _decode(self, url: str, kind: str, room: int, spread: int | None) -> Clip:
+        """A clip, or a picture as one of a single frame, by a process of its own."""
         draft = ""
         try:
             if url.startswith("data:"):
@@ -147,11 +164,13 @@ class Chat:
                 raise Refused("a picture must be a data URI: data:image/jpeg;base64,...")
             elif url == "sample":
                 source = str(sample_clip())
+            elif url.startswith("file:///"):
+                source = self.service.config.allowed.file(urllib.parse.unquote(url.removeprefix("file://")))
             else:
                 source = self.service.config.allowed.url(url) if is_url(url) else self.service.config.allowed.file(url)
             s = self.service.spec.stream
             sizes = {"max_pixels": s.max_pixels, "frame_pixels": self.limits.frame_pixels, "memory": self.limits.decoder_bytes}
-            decoder = Decoder(mode="visual", kind=kind, source=source, fps=s.fps, most_frames=room, **sizes)
+            decoder = Decoder(mode="visual", kind=kind, source=source, fps=s.fps, most_frames=room, spread=spread, **sizes)
             try:
                 return _collect(decoder, self.limits.stall_seconds)
             except UserError as error:
@@ -164,11 +183,11 @@ class Chat:
                 os.unlink(draft)
 
 
-def _collect(decoder: Decoder, seconds: float) -> np.ndarray:
+def _collect(decoder: Decoder, seconds: float) -> Clip:
     timer = threading.Timer(seconds, decoder.close)
     timer.daemon = True
     timer.start()
-    about: dict[str, int] = {}
+    about: dict[str, Any] = {}
     try:
         for kind, payload in decoder.messages():
             if kind == b"I":
@@ -177,7 +196,7 @@ def _collect(decoder: Decoder, seconds: float) -> np.ndarray:
                 raise UserError(payload.decode())
             elif kind == b"F":
                 shape = (about["frames"], 3, about["height"], about["width"])
-                return np.frombuffer(payload[STAMP.size :], np.uint8).reshape(shape)
+                return Clip(np.frombuffer(payload[STAMP.size :], np.uint8).reshape(shape), about["fps"])
     finally:
         timer.cancel()
     raise UserError("nothing could be decoded")

@@ -153,20 +153,25 @@ def pictures(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
 def visual(out: BinaryIO, job: dict[str, Any]) -> None:
     """A picture or a short clip for a chat, whole, at the size that the model would choose for it."""
     from svlm_jax.data.resize import MIN_PIXELS, resized_size
-    from svlm_jax.data.video import read_rounds
+    from svlm_jax.data.video import VideoReader, read_rounds
 
+    rate = job["fps"]
     bounds = {"min_pixels": min(MIN_PIXELS, job["max_pixels"]), "max_pixels": job["max_pixels"]}
     if job["kind"] == "image":
         with open(job["source"], "rb") as file:
             pixels = open_picture(file.read(), job["frame_pixels"])
         frames = resize(pixels, resized_size(*pixels.shape[:2], **bounds))[None]
     else:
-        options, seconds = container_options(job["source"]), job["most_frames"] / job["fps"]
-        how = {"fps": job["fps"], "chunk_seconds": 1 / job["fps"], "max_pixels": job["max_pixels"], "duration": seconds + 1 / job["fps"]}
-        frames = np.concatenate([item.frames for item in read_rounds(job["source"], options=options, **how)])
+        options = container_options(job["source"])
+        if job["spread"]:  # so many frames at most, over the whole clip
+            with VideoReader(job["source"], options=options) as reader:
+                rate = min(rate, job["spread"] / (reader.info.duration or 1 / rate))
+        seconds = job["most_frames"] / rate
+        how = {"fps": rate, "chunk_seconds": 1 / rate, "max_pixels": job["max_pixels"], "duration": seconds + 1 / rate}
+        frames = np.concatenate([item.frames for item in read_rounds(job["source"], options=options, **how)])[: job["spread"]]
         if len(frames) > job["most_frames"]:
             raise UserError(f"the clip is longer than {seconds:g} s, which is the most in a chat: cut it, or start a stream")
-    send(out, b"I", json.dumps({"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]}).encode())
+    send(out, b"I", json.dumps({"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": rate}).encode())
     send(out, b"F", STAMP.pack(time.monotonic()), _bytes(frames.transpose(0, 3, 1, 2)))
 
 
