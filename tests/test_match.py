@@ -132,10 +132,11 @@ def test_sentences_of_the_grammar_mean_one_thing():
 
 def test_words_are_tokens_and_a_round_fits():
     tokenizer = Tokenizer(make(corpus(), VOCABULARY))
-    words = {word for line in commentate(simulate(5, 1800.0)).values() for word in re.findall(r" [a-z]+", f" {line.words}")}
+    played = simulate(5, 1800.0)
+    words = {word for line in commentate(played).values() for word in re.findall(r" [a-z]+", f" {line.words}")}
     assert len(words) > 120 and all(len(tokenizer.encode_plain(word)) == 1 for word in words)
     assert all(len(tokenizer.encode_plain(f" {word}")) == 1 for word in (*match.KITS, *NUMBERS))
-    lines = commentate(simulate(5, 3600.0), random_questions(simulate(5, 3600.0), 2.0)).values()
+    lines = commentate(played, random_questions(played, 2.0)).values()
     longest = max(len(tokenizer.encode_plain(spoken(line) + " ...")) + 1 for line in lines)
     assert longest <= SETTINGS["max_new_tokens"]
 

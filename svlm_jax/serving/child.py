@@ -73,7 +73,10 @@ class Decoder:
                 raise struct.error
             return kind, self._exactly(size)
         except (struct.error, ValueError, OSError):
-            code = self._process.poll()
+            try:
+                code = self._process.wait(1.0)  # its pipe closes a moment before it is gone
+            except subprocess.TimeoutExpired:
+                code = None
             how = f" by signal {-code}" if code is not None and code < 0 else ""
             raise UserError(f"the decoder was ended{how}: the video is damaged, too large, or took too long") from None
 
