@@ -1,4 +1,4 @@
-"""Trains the bundled model from nothing, within a given time: data, both stages, the checkpoint, and a record of it all.
+"""Trains the model of the simulated match from nothing, within a given time: data, both stages, the checkpoint, and a record of it all.
 
     python benchmarks/train_match.py FOLDER --seconds 1500 --processes 16 --json benchmarks/train_match.json
 

@@ -103,7 +103,7 @@ def tiny_qwen2_vl(vocab_size: int = 2048) -> ModelConfig:
 
 
 def match() -> ModelConfig:
-    """6.0 million parameters: the bundled model that comments on simulated matches."""
+    """6.0 million parameters: it comments on simulated matches."""
     vision = VisionConfig(depth=6, hidden_size=192, intermediate_size=416, num_heads=6, out_hidden_size=192, fullatt_block_indexes=(1, 3, 5))
     text = TextConfig(
         vocab_size=768,

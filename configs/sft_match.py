@@ -1,4 +1,4 @@
-"""The bundled model from random weights: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
+"""The model of the simulated match, from random weights: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
 
     python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 320 --processes 16
     python -m svlm_jax.demo.make_match_model start

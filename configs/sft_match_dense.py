@@ -1,4 +1,4 @@
-"""The second stage of the bundled model: the densest chunks, questions as seldom as in use, the learning rate down to zero.
+"""The second stage of the model of the simulated match: the densest chunks, questions as seldom as in use, the learning rate down to zero.
 
     python train.py sft_match_dense out=run2 weights=run steps=800
 

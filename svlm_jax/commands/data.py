@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svlm_jax.errors import UserError
+from svlm_jax.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,28 +159,17 @@ def _chunk(args: argparse.Namespace) -> int:
     target, chunks, left_out = Path(args.out), 0, 0
     if any(target.exists() and target.samefile(file.path) for file in files):
         raise UserError(f"{target} is one of the files to be cut: choose another name for --out")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): choose another folder") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogatepass") as out:
-            for file in files:
-                for row in range(len(file)):
-                    try:
-                        cut = list(make_chunks(file.annotation(row), config))
-                    except UnusableRow as error:
-                        print(f"{file.path}, row {row} is left out: {error}")
-                        left_out += 1
-                        continue
-                    out.writelines(json.dumps(annotation_row(chunk), ensure_ascii=False) + "\n" for chunk in cut)
-                    chunks += len(cut)
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with whole_file(target) as draft, draft.open("w", encoding="utf-8", errors="surrogatepass") as out:
+        for file in files:
+            for row in range(len(file)):
+                try:
+                    cut = list(make_chunks(file.annotation(row), config))
+                except UnusableRow as error:
+                    print(f"{file.path}, row {row} is left out: {error}")
+                    left_out += 1
+                    continue
+                out.writelines(json.dumps(annotation_row(chunk), ensure_ascii=False) + "\n" for chunk in cut)
+                chunks += len(cut)
     rows = sum(map(len, files))
     print(f"{target}: {chunks:,} chunks of {args.window:g} s that share {args.overlap:g} s, of {rows - left_out:,} clips; {left_out:,} left out")
     return 0

@@ -10,7 +10,7 @@ from svlm_jax.commands import UsageError
 SUMMARY = "make a simulated match: a video, and what really happens in it"
 DESCRIPTION = """\
 Makes a ball game seen from above, of any length: a video in H.264, and beside it the commentary of one who sees everything, in the format of training
-data. One seed is one match; seeds from 1000 on are those that the bundled model is trained on.
+data. One seed is one match; seeds from 1000 on are for training.
 Example: svlm demo match --minutes 120 --seed 7 --out match.mp4
 """
 
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     made.add_argument("--seed", metavar="N", type=int, default=0, help="which match (default: 0)")
     made.add_argument("--out", metavar="FILE.mp4", required=True, help="the video; FILE.jsonl beside it has what happens")
     made.add_argument("--fps", metavar="RATE", type=int, default=12, help="pictures a second (default: 12)")
-    made.add_argument("--size", metavar="WxH", type=_size, default=(336, 224), help="pixels (default: 336x224, which the bundled model is used to)")
+    made.add_argument("--size", metavar="WxH", type=_size, default=(336, 224), help="pixels (default: 336x224, on which models are trained)")
     made.add_argument("--quality", metavar="CRF", type=int, default=26, help="x264's constant rate factor, less is better (default: 26)")
     every = "also ask the commentator a question every so many seconds (default: 0, never)"
     made.add_argument("--question-every", metavar="SECONDS", type=float, default=0.0, help=every)

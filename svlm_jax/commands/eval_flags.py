@@ -18,6 +18,7 @@ STREAM_FLAGS = {  # flag -> (field of StreamConfig, type, help)
     "--text-sliding": ("text_sliding", _count_or_off, "last tokens of older words that are kept, or off"),
     "--max-new-tokens": ("max_new_tokens", int, "tokens a round, at most"),
     "--mode": ("mode", str, "streaming, full, windows or recompute"),
+    "--positions": ("positions", str, "contiguous or append"),
     "--temperature": ("temperature", _number, "of sampling"),
     "--repetition-penalty": ("repetition_penalty", _number, "above 1, what is remembered is less likely"),
     "--query": ("query", str, "what is asked for"),
@@ -53,18 +54,27 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--streams", metavar="N", type=_count, default=1, help="streams that run as one batch (default: 1)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
     model.add_argument("--save-every", metavar="ROUNDS", type=_count, default=300, help="rounds between two savings (default: 300)")
+    add_stream(parser)
+
+
+def add_stream(parser: argparse.ArgumentParser, seed: str = "--seed") -> None:
+    """How a checkpoint watches and speaks; `seed` is what the flag of sampling's is called."""
     stream = parser.add_argument_group("stream", "what is not given is as the checkpoint's streaming.json has it, or else the default")
     defaults = StreamConfig()
     for flag, (field, kind, text) in STREAM_FLAGS.items():
         help = f"{text} (default: {getattr(defaults, field)})"
-        stream.add_argument(flag, dest=field, type=kind, default=argparse.SUPPRESS, help=help)
+        stream.add_argument(seed if field == "seed" else flag, dest=field, type=kind, default=argparse.SUPPRESS, help=help)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of StreamConfig that flags were given for."""
+    return {field: getattr(args, field) for field, _, _ in STREAM_FLAGS.values() if hasattr(args, field)}
 
 
 def stream_config(args: argparse.Namespace, settings: Mapping[str, Any]) -> StreamConfig:
     """Of the flags that are given, and for the rest of a checkpoint's own settings. UsageError where they do not go together."""
-    given = {field: getattr(args, field) for field, _, _ in STREAM_FLAGS.values() if hasattr(args, field)}
     try:
-        return StreamConfig(**{**settings, **given})
+        return StreamConfig(**{**settings, **given(args)})
     except UserError as error:
         raise UsageError(str(error)) from None
 

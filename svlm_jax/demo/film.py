@@ -1,14 +1,11 @@
 """A match as files: real video in H.264, and its commentary in the format that training data have."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import av
 from av.video.reformatter import VideoReformatter
@@ -19,6 +16,7 @@ from svlm_jax.demo.commentary import QUERY, Line
 from svlm_jax.demo.match import Match
 from svlm_jax.demo.picture import HEIGHT, WIDTH, Painter
 from svlm_jax.errors import UserError
+from svlm_jax.files import whole_file
 
 KEYFRAME_SECONDS = 4  # between pictures that a reader can start at
 
@@ -41,21 +39,6 @@ class FilmConfig:
             raise UserError(f"quality must be from 0 (best) to 51, not {self.quality}")
 
 
-@contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place at the end, or goes away."""
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 Progress = Callable[[float, float], None]  # seconds done, seconds in total
 
 
@@ -65,7 +48,7 @@ def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None
     painter = Painter(match, c.height, c.width)
     converter = VideoReformatter()
     options = {"crf": str(c.quality), "preset": c.preset, "g": str(KEYFRAME_SECONDS * c.fps), "threads": "1"}
-    with whole(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with whole_file(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=c.fps, options=options)
         stream.height, stream.width, stream.pix_fmt = c.height, c.width, "yuv420p"
         for number in range(math.ceil((match.seconds - c.start) * c.fps)):
@@ -140,7 +123,7 @@ def _ends(said: Sequence[str], counts: Sequence[int], memory: tuple[int, int]) -
 def write_annotations(annotations: Sequence[Annotation] | Iterator[Annotation], path: str | os.PathLike) -> int:
     """One row a line, as published; how many."""
     count = 0
-    with whole(path) as part, part.open("w", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         for annotation in annotations:
             file.write(json.dumps(annotation_row(annotation)) + "\n")
             count += 1

@@ -4,13 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from svlm_jax.errors import UserError
+from svlm_jax.files import whole_file
 
 Row = dict[str, Any]
 
@@ -97,21 +97,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replaces the file at once: whoever looks finds the old one or the new one, whole."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(draft, 0o644)
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room, or choose another folder") from None
+    with whole_file(path) as draft:
+        draft.write_bytes(data)
 
 
 @contextlib.contextmanager

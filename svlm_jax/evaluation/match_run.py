@@ -17,10 +17,11 @@ from typing import Any
 
 from svlm_jax.commands.progress import Countdown
 from svlm_jax.demo.commentary import commentate, random_questions
-from svlm_jax.demo.film import FilmConfig, spoken, whole, write_video
+from svlm_jax.demo.film import FilmConfig, spoken, write_video
 from svlm_jax.demo.match import Event, Match, simulate
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation.match import KEYS, Said, report
+from svlm_jax.files import whole_file
 
 FILM = FilmConfig(fps=4, quality=24)
 BLIND = 500_000  # a blind commentator tells the match of a seed that lies so far away
@@ -40,7 +41,7 @@ LABELS = {
 
 def run(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     seconds = float(round(60 * args.minutes)) or 1.0
-    match = simulate(args.seed, seconds)
+    match = simulate(args.match_seed, seconds)
     questions = random_questions(match, args.question_every) if args.question_every else {}
     begin = time.perf_counter()
     if args.baseline:
@@ -52,14 +53,14 @@ def run(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": os.environ.get("SVLM_COMMIT", ""),
-        "command": f"svlm eval match --minutes {args.minutes:g} --seed {args.seed}",
+        "command": f"svlm eval match --minutes {args.minutes:g} --seed {args.match_seed}",
         **how,
         "seconds": round(time.perf_counter() - begin, 1),
         **found,
     }
     print(table(found))
     if args.json:
-        with whole(args.json) as part:
+        with whole_file(args.json) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.captions:
         _write_captions(args.captions, match, said, questions)
@@ -103,7 +104,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def _baseline(args: argparse.Namespace, match: Match, questions: Mapping[int, str]) -> list[Said]:
     """Who sees everything, or one who knows the teams and does not look."""
-    seen = match if args.baseline == "truth" else _renamed(simulate(args.seed + BLIND, match.seconds), match)
+    seen = match if args.baseline == "truth" else _renamed(simulate(args.match_seed + BLIND, match.seconds), match)
     lines = commentate(seen, questions)
     return [Said(index, spoken(lines[index]).strip() if index in lines else "", questions.get(index, "")) for index in range(int(match.seconds))]
 
@@ -181,7 +182,7 @@ def _watch(
 
 def _write_captions(path: str, match: Match, said: Sequence[Said], questions: Mapping[int, str]) -> None:
     lines = commentate(match, questions)
-    with whole(path) as part, part.open("w", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         for each in said:
             row = {"start": each.round, "text": each.text, "truth": spoken(lines[each.round]).strip() if each.round in lines else ""}
             file.write(json.dumps({**row, "question": each.question} if each.question else row) + "\n")

@@ -4,8 +4,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import ml_dtypes  # noqa: F401  (gives numpy the names of bfloat16 and its kin)
 import numpy as np
 
 from svlm_jax.errors import UserError
+from svlm_jax.files import whole_file
 from svlm_jax.streaming.engine import Engine, StreamHost
 
 HEADER = "header"
@@ -45,21 +44,9 @@ def _settings(engine: Engine) -> str:
 
 def write_snapshot(path: Path, header: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
     """The file itself. Raises UserError where it cannot be written; the one before is kept then."""
-    try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-                np.savez(file, **{HEADER: text}, **{str(i): array for i, array in enumerate(arrays)})  # pyright: ignore[reportArgumentType]
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(draft, 0o644)
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room, or choose another folder") from None
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with whole_file(path) as draft, draft.open("wb") as file:
+        np.savez(file, **{HEADER: text}, **{str(i): array for i, array in enumerate(arrays)})  # pyright: ignore[reportArgumentType]
 
 
 def read_note(path: Path) -> Any:
