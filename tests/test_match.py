@@ -200,7 +200,7 @@ def test_the_truth_scores_full_marks(played):
     asked = random_questions(played, 30.0)
     lines = commentate(played, asked)
     said = [Said(i, spoken(lines[i]).strip() if i in lines else "", asked.get(i, "")) for i in range(int(played.seconds))]
-    found = report(played, said)
+    found = report([played], [said])
     for key in ("event_precision", "event_recall", "event_f1", "score_accuracy", "score_update_accuracy", "scorer_accuracy", "answer_accuracy"):
         assert found[key] == 1.0, key
     assert found["false_words_per_quiet_minute"] == 0.0 and found["timing_error_s"] < 0.5
@@ -213,9 +213,9 @@ def test_mistakes_are_counted():
     said = [Said(i, lines[i].words if i in lines else "") for i in range(600)]
 
     def changed(**rounds: str) -> dict:
-        return report(played, [Said(each.round, rounds.get(f"r{each.round}", each.text)) for each in said])
+        return report([played], [[Said(each.round, rounds.get(f"r{each.round}", each.text)) for each in said]])
 
-    whole, event = report(played, said), next(event for event in played.events if event.kind == "pass")
+    whole, event = report([played], [said]), next(event for event in played.events if event.kind == "pass")
     index = round_of(event.time)
     # Another player; nothing; the same twice; words of no grammar; two seconds late
     wrong = lines[index].words.replace(f" {NUMBERS[event.player]} ", f" {NUMBERS[event.player % 9 + 1]} ")

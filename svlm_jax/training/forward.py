@@ -11,9 +11,10 @@ from svlm_jax.config import ModelConfig
 from svlm_jax.data.batch import Batch
 from svlm_jax.errors import UserError
 from svlm_jax.model.packed_vision import packed_features
-from svlm_jax.model.qwen_vl import QwenVL, bind, embed_prompt, is_stacked, logical_axes
+from svlm_jax.model.qwen_vl import QwenVL, bind, is_stacked, logical_axes
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
 from svlm_jax.training.attention import Attention
+from svlm_jax.training.embedding import embedded
 from svlm_jax.training.lora import Adapters
 from svlm_jax.training.placement import Placement
 from svlm_jax.training.remat import rematerialised
@@ -47,8 +48,7 @@ def hidden_states(
     with jax.named_scope("vision"):
         features = _features(model, batch, recipe)
     with jax.named_scope("embed"):
-        rows = batch.places.shape[0]
-        x = place.rows(embed_prompt(model, batch.tokens, features, batch.places.reshape(rows, -1)))
+        x = place.rows(embedded(model, batch, features))
     with jax.named_scope("decoder"):
         return model, _decode(model, x, batch, recipe, axes["text"]["layers"], adapters or Adapters())
 
