@@ -147,6 +147,7 @@ def test_answers():
     lines = commentate(played, asked)
     for index, question in asked.items():
         kind, said = commentary.question_kind(question), lines[index].answer
+        assert kind in commentary.ASKED
         now = index + 0.25
         if kind == "score":
             assert said == commentary.score_text(played, now)
@@ -154,6 +155,21 @@ def test_answers():
             assert (said == "nobody.") == (played.scene(index + 0.5).holder < 0 or played.scene(index + 0.5).board)
     with pytest.raises(ValueError, match="nobody knows"):
         commentary.answer(played, "who will win?", 10)
+
+
+def test_the_answer_to_who_is_where_says_what_the_picture_shows():
+    played = simulate(4, 60.0)
+    scene, game, words = played.scene(30.5), played.game(30.5), commentary.answer(played, "who is where?", 30).rstrip(".").split()
+    assert words[0] == "ball" and len(words) == 3 + 4 * 2 * match.SIDE
+    found = [words[i : i + 4] for i in range(3, len(words), 4)]
+    cells = [(NUMBERS.index(column), NUMBERS.index(row)) for column, row, _, _ in found]
+    assert cells == sorted(cells)
+    paint = picture.Painter(played)
+    for (column, row), (_, _, kit, number) in zip(cells, found, strict=True):
+        team = game.kits.index(kit)
+        player = team * match.SIDE + game.shirts[team].index(NUMBERS.index(number))
+        at = np.array([picture.WIDTH, picture.HEIGHT]) / 2 + (scene.players[player] - scene.camera) * paint.unit
+        assert (column, row) == tuple((at // 28).astype(int) + 1)
 
 
 def test_pictures_show_ball_numbers_and_kits():

@@ -18,7 +18,7 @@ from svlm_jax.data.patches import grid_order
 from svlm_jax.data.samples import Sample
 from svlm_jax.errors import UserError
 
-COPIERS = 8  # threads that fill the rows of a batch
+COPIERS = 16  # threads that fill the rows of a batch
 
 
 @dataclasses.dataclass(frozen=True)

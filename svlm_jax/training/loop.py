@@ -158,6 +158,8 @@ def run(
             stop = hosts.stop_asked(now.step, ended())
             more = not stop and now.step < config.steps
 
+            metrics.loss.is_ready()  # type: ignore[union-attr]  (the first look only asks a GPU to tell: it is never yes)
+
             def busy(metrics: Metrics = metrics) -> bool:
                 return not metrics.loss.is_ready()  # type: ignore[union-attr]
 
