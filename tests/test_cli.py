@@ -26,6 +26,7 @@ VIDEO
 --dtype {float32,bfloat16}
 --quantize {int8,fp8}
 --out FILE []
+--truth FILE.jsonl
 --start SECONDS 0.0
 --duration SECONDS
 --no-compilation-cache

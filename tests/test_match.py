@@ -264,6 +264,16 @@ def test_the_command_writes_video_and_truth(tmp_path, capsys):
     annotation = AnnotationFile(out.with_suffix(".jsonl")).annotation(0)
     assert annotation.video == "m.mp4" and annotation.end == 12.0 and annotation.questions
     assert " ".join(word.text for word in annotation.words) == " ".join(line.words for line in commentate(simulate(7, 12.0)).values())
+    # Beside what a model says, here with random weights
+    capsys.readouterr()
+    assert run(["caption", str(out), "--truth", "--max-pixels", str(84 * 112), "--duration", "6", "--max-new-tokens", "2"]) == 0
+    shown = re.findall(r"\((.+)\)\n", capsys.readouterr().out)
+    lines = commentate(simulate(7, 12.0))
+    answers = {int(question.asked): question.answer.strip() for question in annotation.questions if question.asked < 6}
+    told = [" ".join(filter(None, (answers.get(i), lines[i].words if i in lines else ""))) for i in range(6)]
+    assert shown == [text for text in told if text]
+    assert run(["caption", str(out), "--truth", str(tmp_path / "no.jsonl")]) == 1
+    assert "no such annotation file" in capsys.readouterr().err
     for flags, told in (
         (["--out", "m.avi"], "must end in .mp4"),
         (["--out", str(out), "--minutes", "0"], "--minutes"),
@@ -295,6 +305,12 @@ def test_evaluation_from_film_to_measures(tmp_path, capsys):
         assert run(["eval", "match", "--minutes", "30", "--seed", "5", "--baseline", name, "--json", str(out)]) == 0
         assert low <= json.loads(out.read_text())["event_f1"] <= high
     assert "F1 of events" in capsys.readouterr().out
+    # Several matches at once: each as if it were alone, counted together
+    assert run([*flags, "--matches", "2", "--model", str(model), "--captions", str(said), "--video", str(tmp_path), "--vision-window", "3"]) == 0
+    both, lines = json.loads(out.read_text()), [json.loads(line) for line in said.read_text().splitlines()]
+    assert [{key: row[key] for key in row if key != "seed"} for row in lines if row["seed"] == 5] == rows
+    assert both["counts"]["events"] == sum(len(simulate(seed, 12.0).events) for seed in (5, 6)) and both["matches"][0]["event_f1"] == found["event_f1"]
+    assert both["intervals"]["event_f1"] is None or both["intervals"]["event_f1"][0] <= both["event_f1"]
     assert run([*flags, "--model", str(model), "--vision-window", "0"]) == 2
     assert run(["eval", "match", "--minutes", "1", "--model", str(model), "--video", str(tmp_path / "m.mp4")]) == 1
     assert "another film" in capsys.readouterr().err

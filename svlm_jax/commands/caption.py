@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from svlm_jax.captions import clock, open_caption_files
 from svlm_jax.commands.device import check_device
 from svlm_jax.commands.flags import add_arguments, stream_settings
+from svlm_jax.commands.truth import Truth
 from svlm_jax.errors import UserError
 from svlm_jax.terminal import LiveView
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         aside = _Aside(view)
         try:
             commentary = aside("starting JAX", lambda: _open(args, settings))
+            truth = None if args.truth is None else Truth.beside(commentary.source, args.truth)
             view.total_seconds, view.model_line = commentary.end, _describe(commentary)
             _say_what_to_expect(view, args, commentary)
             aside(_loading(commentary), commentary.load)
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
             for said in _rounds(commentary, aside, view):
                 files.write(said.caption)
                 position = said.caption.end if commentary.end is None else min(said.caption.end, commentary.end)
-                view.update(said.caption, position, said.speed, said.cache_fill)
+                really = truth.said(said.caption.start, said.caption.end) if truth else ""
+                view.update(said.caption, position, said.speed, said.cache_fill, really)
                 broken += said.broken
             if broken:
                 view.note(f"{broken} damaged pieces of the video were skipped")

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     out = "also write the captions to a .vtt, .srt or .jsonl file; repeatable"
     parser.add_argument("--out", metavar="FILE", type=_out, action="append", default=[], help=out)
+    truth = "also show what an annotation file says (default: not; without FILE: VIDEO.jsonl, as `svlm demo match` writes it)"
+    parser.add_argument("--truth", metavar="FILE.jsonl", nargs="?", const="", help=truth)
     parser.add_argument("--start", metavar="SECONDS", type=_not_negative, default=0.0, help="where to begin (default: 0)")
     parser.add_argument("--duration", metavar="SECONDS", type=_positive, help="how much to caption (default: to the end)")
     _add_cache(parser)

@@ -37,8 +37,11 @@ def bootstrap(groups: Sequence[tuple[int, int]], draws: int = DRAWS) -> Interval
     return shares[int(0.025 * draws)], shares[math.ceil(0.975 * draws) - 1]
 
 
-def mean_interval(values: Sequence[float | None]) -> Interval | None:
-    """Student's interval of the mean of independent values; those that are None are left out. None where fewer than two are left."""
+def mean_interval(values: Sequence[float | None], least: float = -math.inf, most: float = math.inf) -> Interval | None:
+    """Student's interval of the mean of independent values, cut to what is possible; those that are None are left out.
+
+    None where fewer than two are left.
+    """
     from scipy.special import stdtrit
 
     known = [value for value in values if value is not None]
@@ -46,4 +49,4 @@ def mean_interval(values: Sequence[float | None]) -> Interval | None:
         return None
     half = float(stdtrit(len(known) - 1, 0.975)) * statistics.stdev(known) / math.sqrt(len(known))
     mean = statistics.fmean(known)
-    return mean - half, mean + half
+    return max(least, mean - half), min(most, mean + half)

@@ -188,6 +188,7 @@ def report(matches: Sequence[Match], said: Sequence[Sequence[Said]]) -> dict[str
     counts |= {name: sum(finding.key == key for finding in whole) for name, key in COUNTED.items()}
     told: dict[str, Any] = {**summary(whole), "tenths": {key: [part[key] for part in tenths] for key in KEYS}, "counts": counts}
     if len(matches) > 1:
-        told["intervals"] = {key: mean_interval([one[key] for one in each]) for key in KEYS}
+        shares = {key: (0.0, math.inf if key in ("timing_error_s", "false_words_per_quiet_minute") else 1.0) for key in KEYS}
+        told["intervals"] = {key: mean_interval([one[key] for one in each], *limits) for key, limits in shares.items()}
         told["matches"] = each
     return told

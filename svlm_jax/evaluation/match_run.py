@@ -144,7 +144,7 @@ def _films(args: argparse.Namespace, matches: Sequence[Match]) -> Iterator[list[
             path.parent.mkdir(parents=True, exist_ok=True)
         missing = [(match, path) for match, path in zip(matches, paths, strict=True) if not path.exists()]
         for match, path in zip(matches, paths, strict=True):
-            if path.exists() and abs((lasts := probe(path).duration or 0.0) - match.seconds) > 1:
+            if path.exists() and (lasts := probe(path).duration or 0.0) < match.seconds - 1:  # longer ones begin like shorter ones
                 raise UserError(f"{path} lasts {lasts:g} s and the match {match.seconds:g} s: it is another film, so give another name")
         if len(missing) == 1:
             with Countdown("filming") as progress:
