@@ -44,18 +44,22 @@ def asked(number: int, task: str, gt: int) -> dict[str, Any]:
     }
 
 
+def round_by_round(number: int, task: str, rounds: list[dict[str, Any]], **about: str) -> dict[str, Any]:
+    """A row of the forward part, asked anew after so many seconds."""
+    return {"id": number, "task": task, "activity": None, "question": None, "answer": "", **about, "test_info": rounds}
+
+
+COUNTS = [{"realtime": 4.0, "count": 1}, {"realtime": 8.0, "count": 2}]
+GOALS = [{"realtime": 4.0, "type": 0}, {"realtime": 8.0, "type": 0}, {"realtime": 12.0, "type": 1}]
 ROWS = {
     "backward": [asked(0, "EPM", 0), asked(1, "ASI", 2), asked(2, "HLD", 3)],
     "realtime": [asked(3 + i, task, i % 4) for i, task in enumerate(("OCR", "ACR", "ATR", "STU", "FPD", "OJR"))],
     "forward": [
-        {"id": 9, "task": "REC", "activity": "pass the ball", "question": None, "answer": "", "test_info": [{"realtime": 4.0, "count": 1}, {"realtime": 8.0, "count": 2}]},
-        {"id": 10, "task": "SSR", "activity": None, "question": None, "answer": "", "test_info": [{"realtime": 4.0, "step": "kick off", "type": 1}]},
-        {
-            **{"id": 11, "task": "CRR", "activity": None, "question": "Who scored the last goal?", "answer": ""},
-            "test_info": [{"realtime": float(t), "type": int(t > 8)} for t in (4, 8, 12)],
-        },
+        round_by_round(9, "REC", COUNTS, activity="pass the ball"),
+        round_by_round(10, "SSR", [{"realtime": 4.0, "step": "kick off", "type": 1}]),
+        round_by_round(11, "CRR", GOALS, question="Who scored the last goal?"),
     ],
-}  # fmt: skip
+}
 INFO = ("realtime", "count", "step", "type")  # columns of test_info, which all rows have in a table
 
 
