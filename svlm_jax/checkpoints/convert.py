@@ -9,20 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from svlm_jax.checkpoints.adapters import Merge, read_adapter
+from svlm_jax.checkpoints.adapters import LowRank, Merge, read_adapter, save_adapter
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find
 from svlm_jax.checkpoints.orbax_form import is_orbax, library, write_orbax
 from svlm_jax.checkpoints.plan import Path_
-from svlm_jax.checkpoints.run_form import described_in, is_run
+from svlm_jax.checkpoints.run_form import RunSource, base_of, described_in, is_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS
 from svlm_jax.checkpoints.save import Progress, copy_companions, write_json, write_weights
-from svlm_jax.checkpoints.source import Parameters, open_source
+from svlm_jax.checkpoints.source import Parameters, finite, open_source
 from svlm_jax.checkpoints.staging import refuse_existing, staged
+from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 
-Form = Literal["hf", "orbax"]
-TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "run": "a training run's form"}
+Form = Literal["hf", "orbax", "peft"]
+TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "peft": "PEFT's form", "run": "a training run's form"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ def convert(
 
     Args:
       source: a directory of either form, a training run's or one of its checkpoints, or a name on the Hub.
-      form: of the target; None is the form that the source does not have, Hugging Face's of a training run.
+      form: of the target; None is the form that the source does not have, Hugging Face's of a training run. "peft" is the adapters
+        alone of a run that trained some.
       dtype: of the target; None keeps every bit, but for what a training run trained in float32 beside frozen weights: it takes their dtype.
       adapter: a LoRA adapter's directory, in PEFT's format, that is merged into the weights.
       shard_bytes: a safetensors file's size at most.
@@ -62,6 +64,10 @@ def convert(
     refuse_existing(target)
     folder, _ = find(source)
     config = read_config(folder)
+    if form == "peft":
+        if adapter is not None:
+            raise UserError(f"{adapter} cannot be merged into adapters alone: convert the weights with it, or the run without")
+        return _adapters_alone(folder, config, target, dtype)
     form = form or ("hf" if is_orbax(folder) or is_run(folder) else "orbax")
     if form == "orbax":
         library()  # an error now, rather than after the first gigabyte
@@ -80,6 +86,22 @@ def convert(
         copy_companions(described_in(folder), staging)
         write_json(staging / "config.json", _described(described_in(folder), opened.dtype))
     return Converted(target, form, opened.dtype, count, total)
+
+
+def _adapters_alone(folder: Path, config: ModelConfig, target: Path, dtype: Any) -> Converted:
+    if not is_run(folder):
+        raise UserError(f"{folder} is no training run's checkpoint: adapters in PEFT's form are made of a run with step.lora.rank above 0")
+    kind = np.dtype(np.float32 if dtype is None else dtype)
+    pairs: dict[str, LowRank] = {}
+    for name, pair in RunSource(folder, config).adapter().items():
+        with np.errstate(all="ignore"):  # what no longer fits into the dtype is found below
+            pairs[name] = dataclasses.replace(pair, a=pair.a.astype(kind), b=pair.b.astype(kind))
+        if not (finite(pairs[name].a) and finite(pairs[name].b)):
+            raise UserError(
+                f"the adapter of {name} holds numbers that are not finite as {kind.name}: take an earlier checkpoint, or a wider dtype"
+            )
+    count = sum(pair.a.size + pair.b.size for pair in pairs.values())
+    return Converted(save_adapter(pairs, target, base=base_of(folder)), "peft", kind, count, count * kind.itemsize)
 
 
 def _counted(parameters: Parameters, total: int, progress: Progress | None) -> Iterator[dict[Path_, np.ndarray]]:

@@ -177,6 +177,7 @@ def run(
                     clock.lap("evaluation")
                 report.write(record)  # before the checkpoint: a step that is saved has its line
             if save:
+                report.publish()
                 checkpoints.save(now.step, state, now.place)
                 clock.lap("saving")
             if taken is None and now.step < config.steps:

@@ -6,6 +6,8 @@ Positions are ours and handed over, since transformers' own rule has changed bet
 import dataclasses
 import inspect
 import os
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers of all tests
 
 from prompts import END, IMAGE, PARTS, START, STEPS, VIDEO, VOCABULARY, Prompt, prompt, prompts  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
@@ -50,7 +53,13 @@ def theirs(family: str = "qwen2_5_vl", layers: int = 3, **text):
     """A small random model of transformers'; every bias and norm is random too."""
     config = getattr(transformers, f"{CLASSES[family]}Config")(
         text_config={
-            **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4},
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 4,
+            },
             **{"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         },
@@ -250,6 +259,23 @@ def test_adapters_go_both_ways(tmp_path, family):
     saved = save_adapter(read_adapter(tmp_path / "adapter", config), tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(base, saved).eval()
     np.testing.assert_allclose(their_logits(again, config, p), wanted, atol=1e-5, rtol=0)
+
+
+def test_adapters_of_a_run_are_what_it_learnt(tmp_path):
+    """Those that `svlm convert RUN DST --to peft` writes, on the base in peft, give the logits of the run with its adapters merged."""
+    peft = pytest.importorskip("peft")
+    from test_run_form import write
+
+    _, state = write(tmp_path / "run", "step.lora.rank=4", "step.lora.alpha=8")
+    assert all(np.any(leaf) for leaf in state.trained.values())
+    saved = convert(tmp_path / "run", tmp_path / "adapter", form="peft").path
+    merged = load(convert(tmp_path / "run", tmp_path / "merged").path)
+    base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_path(), dtype=torch.float32).eval()
+    p = Prompt(np.arange(9), np.broadcast_to(np.arange(9, dtype=np.int32)[:, None], (9, 3)).copy(), np.zeros(0, np.int32), ())
+    alone = their_logits(base, merged.config, p)
+    found = their_logits(peft.PeftModel.from_pretrained(base, saved).eval(), merged.config, p)
+    np.testing.assert_allclose(found, our_logits(merged.params, merged.config, p), atol=TOLERANCE, rtol=0)
+    assert np.abs(found - alone).max() > 10 * TOLERANCE
 
 
 def test_pixels_become_their_patches():
