@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.kernels.ring_attention.api import Regions, Unsupported, backends, ring_attention
+from svlm_jax.kernels.backends import Unsupported
+from svlm_jax.kernels.ring_attention.api import Regions, backends, ring_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B
 

@@ -1,0 +1,83 @@
+"""Kernels for H100s in JAX's interpreter of GPUs, with races detected. It comes with jax 0.11.
+
+The interpreter has no product of a matrix in registers: that instruction is replaced by what it means, in the decoding kernel alone.
+"""
+
+import contextlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip("jax's interpreter of GPUs comes with 0.11", allow_module_level=True)
+
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place that says whether there was a race
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+from test_ring_attention import direct, eight, inputs, split
+
+from svlm_jax.kernels.ring_attention import mosaic_gpu_decode
+from svlm_jax.kernels.ring_attention.api import ring_attention
+
+
+@contextlib.contextmanager
+def interpreted():
+    with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
+        yield
+    assert not gpu_callbacks.get_races().races_found
+
+
+class _Over(types.SimpleNamespace):
+    """A module with some of its names replaced."""
+
+    def __init__(self, base, **names):
+        super().__init__(_base=base, **names)
+
+    def __getattr__(self, name):
+        return getattr(self._base, name)
+
+    def __call__(self, *args):
+        return self._base(*args)
+
+
+@pytest.fixture
+def register_products(monkeypatch):
+    """`pl.run_state(body)(ACC.init(sums))`, whose body multiplies registers by a tile and adds that to the sums."""
+    plgpu, pl, acc = (getattr(mosaic_gpu_decode, name) for name in ("plgpu", "pl", "ACC"))
+
+    def wgmma(sums, a, b):
+        if not isinstance(sums, list):
+            return plgpu.wgmma(sums, a, b)
+        sums[0] += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+
+    def run_state(body):
+        def run(value):
+            sums = [value]
+            body(sums)
+            return sums[0]
+
+        return run
+
+    replaced = {"plgpu": _Over(plgpu, wgmma=wgmma), "pl": _Over(pl, run_state=run_state), "ACC": _Over(acc, init=lambda value: value)}
+    for name, value in replaced.items():
+        monkeypatch.setattr(mosaic_gpu_decode, name, value)
+    mosaic_gpu_decode.decode.clear_cache()
+    yield
+    mosaic_gpu_decode.decode.clear_cache()  # what was traced is not what runs elsewhere
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize(
+    ("regions", "fill"), [(((0, 128), (128, 256), (256, 640)), 0.5), (((0, 0), (0, 128), (128, 256), (256, 512)), 0.01)]
+)
+def test_ring_decoding(register_products, regions, fill, kv):
+    arrays = inputs(30, batch=2, length=2, head_dim=128, regions=regions, fill=fill, dtype=jnp.bfloat16)
+    arrays = eight(arrays) if kv else arrays
+    positional, fresh = split(arrays)
+    with interpreted():
+        out, lse = jax.block_until_ready(ring_attention(*positional, regions=regions, backend="mosaic_gpu", **fresh))
+    true_out, true_lse = direct(*positional, regions=regions, **fresh)
+    np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=0.01, rtol=0.01)  # bfloat16
+    np.testing.assert_allclose(lse, true_lse, atol=1e-4)
