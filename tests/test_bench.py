@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 
 from svlm_jax import demo
-from svlm_jax.bench import profile, report, stream
+from svlm_jax.bench import profile, report, stream, timeline
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
 from svlm_jax.commands import bench as command
+from svlm_jax.config import StreamConfig
 from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.engine import make_spec
@@ -45,6 +47,7 @@ FIELDS = {
     "versions": {"python": str, "jax": str, "jaxlib": str, "flax": str, "numpy": str, "av": str},
     "model": str,
     "weights": str,
+    "kv": str,
     "mode": str,
     "positions": str,
     "fps": float,
@@ -323,6 +326,56 @@ def test_flags_multiply_and_results_are_a_list(tmp_path, monkeypatch, outcome):
     assert [(one["mode"], one["fps"]) for one in json.loads(path.read_text())] == [(run.mode, run.fps) for run in runs]
 
 
+def test_a_cache_that_grows_goes_on_as_if_it_had_been_larger():
+    config = StreamConfig(mode="full", capacity_rounds=6, max_new_tokens=4, query="", question_capacity=0)
+    large, growing = (small.engine(dataclasses.replace(config, capacity_rounds=rounds), height=448, width=448) for rounds in (6, 2))
+    assert growing.spec.cache.slots < large.spec.cache.slots
+    said = []
+    for engine in (large, growing):
+        engine.open(0)
+        said.append([])
+        for index in range(6):
+            if engine is growing and index in (2, 4):
+                timeline.grow(engine, index + 2)
+            said[-1].append(engine.step(small.frames(engine, index), {0: (float(index), index + 1.0)}).tokens()[0])
+    assert said[0] == said[1]
+    jax.tree.map(lambda ours, theirs: (ours == theirs).all() or pytest.fail("the states differ"), growing.state, large.state)
+
+
+def test_latency_and_memory_over_stream_time_are_drawn_from_their_record(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(timeline, "FIRST_CAPACITY", 2)
+    monkeypatch.setattr(timeline, "free_memory", lambda: 0 if len(grown) else 1 << 40)
+    grown, grow = [], timeline.grow
+    monkeypatch.setattr(timeline, "grow", lambda engine, capacity: grown.append(capacity) or grow(engine, capacity))
+    picture, record = tmp_path / "figure.png", tmp_path / "figure.json"
+    arguments = ["--weights", "f32", "--rounds", "6", "--mode", "full", "streaming", "--plot", str(picture), "--json", str(record)]
+    assert stream.main([*SMALL, *arguments]) == 0
+    full, streaming = json.loads(record.read_text())
+    assert grown == [4] and full["timeline"]["out_of_memory"] and full["timeline"]["seconds"] == [1, 2, 3, 4]
+    assert not streaming["timeline"]["out_of_memory"] and streaming["timeline"]["seconds"] == [1, 2, 3, 4, 5, 6]
+    for run in (full, streaming):
+        assert {len(run["timeline"][column]) for column in timeline.COLUMNS} == {len(run["timeline"]["seconds"])}
+        assert min(run["timeline"]["round_ms"]) > 0 and run["device"] == "cpu" and run["command"]
+    assert len(set(streaming["timeline"]["memory_bytes"])) == 1
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["mode", "full", "streaming"] and table[1].endswith("out of memory")
+    again = tmp_path / "again.svg"
+    assert stream.main(["--record", str(record), "--plot", str(again)]) == 0
+    assert (
+        picture.read_bytes().startswith(b"\x89PNG")
+        and "out of memory" in again.read_text()
+        and capsys.readouterr().out.splitlines() == table
+    )
+    (tmp_path / "other.json").write_text("{}")
+    for wrong, told in (
+        (["--record", str(record)], "--record needs --plot"),
+        (["--record", str(tmp_path / "other.json"), "--plot", str(again)], "has no timelines"),
+        (["--record", str(record), "--plot", str(tmp_path / "figure.txt")], "cannot be written"),
+    ):
+        assert stream.main(wrong) == 2 and told in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(capsys):
     assert stream.main(["--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: --rounds must be at least 1, not 0\n"
@@ -347,7 +400,9 @@ def test_kernels_beside_their_floor(tmp_path, capsys):
     assert row["slots"] == 1280 and "mosaic_gpu" not in row and "mosaic_tpu" not in row  # which do not run on a CPU
     found, held = row["reference"], row["valid_slots"]
     assert row["bytes"] == pytest.approx(2 * 128 * (2 * 4 * (held + 1) + 4 * 28))
-    assert found["tbps"] == pytest.approx(row["bytes"] / found["us"] / 1e6) and found["tflops"] == pytest.approx(row["operations"] / found["us"] / 1e6)
+    assert found["tbps"] == pytest.approx(row["bytes"] / found["us"] / 1e6) and found["tflops"] == pytest.approx(
+        row["operations"] / found["us"] / 1e6
+    )
     least = max(row["bytes"] / row["ceilings"]["copy_tbps"], row["operations"] / row["ceilings"]["matmul_tflops"]) / 1e6
     assert found["of_floor"] == pytest.approx(least / found["us"]) and found["relative_error"] < 0.01
     assert "unsupported" in row["cudnn"]

@@ -6,6 +6,7 @@ import importlib
 STREAM = """\
 Measures rounds in steady state, end to end and stage by stage, beside the least time that the device's own speed allows.
 Example: svlm bench stream --model 7b --weights bf16 --rounds 100 --json bench.json
+Latency and memory over stream time in all four modes: svlm bench stream --model 7b --rounds 600 --plot figure.png --json figure.json
 A soak of the whole loop on any machine: svlm bench stream --model tiny --height 112 --width 112 --rounds 20000
 """
 KERNELS = """\
