@@ -12,7 +12,7 @@ import pytest
 import small
 
 from svlm_jax import demo
-from svlm_jax.bench import profile, report, stream, timeline
+from svlm_jax.bench import kernels, profile, report, stream, timeline
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
 from svlm_jax.commands import bench as command
@@ -395,8 +395,11 @@ def test_kernels_beside_their_floor(tmp_path, capsys):
     def run(*arguments):
         return command.run(parser.parse_args(["bench", "kernels", *arguments]))
 
-    assert run("--slots", "1280", "--tokens", "1", "--layers", "2", "--json", str(tmp_path / "kernels.json")) == 0
-    row = json.loads((tmp_path / "kernels.json").read_text())
+    sizes = ("--slots", "1280", "--tokens", "1", "--layers", "2", "--kv", "off", "int8", "--rows")
+    assert run(*sizes, "--json", str(tmp_path / "kernels.json")) == 0
+    row, small = json.loads((tmp_path / "kernels.json").read_text())
+    assert (row["kv"], small["kv"]) == ("bfloat16", "int8") and small["reference"]["relative_error"] < 0.01
+    assert row["bytes"] - small["bytes"] == pytest.approx(2 * 4 * row["valid_slots"] * (256 - 132))
     assert row["slots"] == 1280 and "mosaic_gpu" not in row and "mosaic_tpu" not in row  # which do not run on a CPU
     found, held = row["reference"], row["valid_slots"]
     assert row["bytes"] == pytest.approx(2 * 128 * (2 * 4 * (held + 1) + 4 * 28))
@@ -407,7 +410,24 @@ def test_kernels_beside_their_floor(tmp_path, capsys):
     assert found["of_floor"] == pytest.approx(least / found["us"]) and found["relative_error"] < 0.01
     assert "unsupported" in row["cudnn"]
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3 and "XLA" in table[1] and "cudnn" in table[2]
-    for flag, value in (("--slots", "1000"), ("--tokens", "0"), ("--streams", "0"), ("--layers", "0")):
+    assert len(table) == 5 and "XLA" in table[1] and "cudnn" in table[2] and "int8" in table[3]
+    for flag, value in (("--slots", "1000"), ("--tokens", "0"), ("--streams", "0"), ("--layers", "0"), ("--rows", "0")):
         with pytest.raises(UserError, match=f"{flag} must be .* not {value}"):
             run(flag, value)
+
+
+def test_products_beside_xla(monkeypatch):
+    from svlm_jax.kernels.products import bench
+
+    monkeypatch.setattr(bench, "WEIGHTS", {"small": (256, 384)})
+    monkeypatch.setattr(bench, "CHAIN_BYTES", 1)
+    record = kernels.rated(bench.measure("small", rows=3, kind="fp8"), Ceilings(1, 1))
+    assert (record["weight"], record["rows"], record["inputs"], record["outputs"], record["kind"]) == ("small", 3, 256, 384, "fp8")
+    assert "mosaic_gpu" not in record and "tiles" not in record  # which do not run on a CPU
+    assert record["operations"] == 2 * 3 * 256 * 384 and 256 * 384 < record["bytes"] < 256 * 384 + 10_000
+    found, wide = record["reference"], record["XLA bf16"]
+    assert found["relative_error"] < 0.01 and found["tbps"] == pytest.approx(record["bytes"] / found["us"] / 1e6)
+    assert wide["tbps"] == pytest.approx(2 * 256 * 384 / wide["us"] / 1e6)
+    lines = kernels.rows(record)
+    assert len(lines) == 2 and "XLA" in lines[0] and "XLA bf16" in lines[1] and all(line.split()[:2] == ["small", "3"] for line in lines)
+    assert len(lines[0].split("XLA")[0]) == len(kernels.heading(record)) + 2

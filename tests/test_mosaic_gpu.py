@@ -16,8 +16,11 @@ if jax.__version_info__ < (0, 11):
 
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place that says whether there was a race
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
+from test_products import expect_equal, operands
 from test_ring_attention import direct, eight, inputs, split
 
+from svlm_jax.kernels.products import mosaic_gpu as products
+from svlm_jax.kernels.products.api import product
 from svlm_jax.kernels.ring_attention import mosaic_gpu_decode
 from svlm_jax.kernels.ring_attention.api import ring_attention
 
@@ -81,3 +84,21 @@ def test_ring_decoding(register_products, regions, fill, kv):
     true_out, true_lse = direct(*positional, regions=regions, **fresh)
     np.testing.assert_allclose(np.asarray(out, np.float64), true_out, atol=0.01, rtol=0.01)  # bfloat16
     np.testing.assert_allclose(lse, true_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows", "inputs", "outputs", "kind"),
+    [
+        (6, (3, 1), 512, (3, 128), "int8"),  # shares that begin and end within a tile of outputs
+        (2, (2, 4), 256, (256,), "fp8"),
+        (14, (32,), 384, (512,), "int8"),  # as many blocks as there are tiles, and no more
+        (264, (1,), 128, (128,), "fp8"),
+    ],
+)
+def test_products_of_few_rows(monkeypatch, blocks, rows, inputs, outputs, kind):
+    monkeypatch.setattr(products, "MULTIPROCESSORS", blocks // products.RESIDENT)
+    arrays = operands(7, rows, inputs, outputs, kind)
+    with interpreted():
+        found = [np.asarray(product(*arrays, backend="mosaic_gpu")) for _ in range(2)]
+    expect_equal(found[0], *arrays)
+    np.testing.assert_array_equal(*found)
