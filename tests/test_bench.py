@@ -431,3 +431,32 @@ def test_products_beside_xla(monkeypatch):
     lines = kernels.rows(record)
     assert len(lines) == 2 and "XLA" in lines[0] and "XLA bf16" in lines[1] and all(line.split()[:2] == ["small", "3"] for line in lines)
     assert len(lines[0].split("XLA")[0]) == len(kernels.heading(record)) + 2
+
+
+def test_cases_of_a_gpu_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import h100
+
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    for _, arguments in h100.CASES.values():  # each is a command that there is
+        parser.parse_args(["bench", *arguments, "--json", "x.json"])
+    clock, ran = [0.0], []
+
+    def run(name, seconds):
+        ran.append((name, round(seconds)))
+        clock[0] += 100.0
+        return [] if name == "b" and len(ran) < 3 else [{"commit": "abc"}]
+
+    monkeypatch.setenv("SVLM_COMMIT", "abc")
+    monkeypatch.setattr(h100.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(h100, "run", run)
+    monkeypatch.setattr(h100, "CASES", {"a": (90, ()), "b": (90, ()), "long": (999, ()), "c": (90, ())})
+    out = tmp_path / "cases.json"
+    assert h100.main(["--minutes", "5", "--out", str(out)]) == 1
+    assert ran == [("a", 300), ("b", 200), ("c", 100)] and "not yet measured: b, long" in capsys.readouterr().out
+    assert h100.main(["--minutes", "17", "--out", str(out)]) == 1  # `b` took what `long` needs
+    assert [name for name, _ in ran[3:]] == ["b"] and set(json.loads(out.read_text())) == {"a", "b", "c"}
+    assert h100.main(["--minutes", "17", "--out", str(out)]) == 0
+    monkeypatch.setenv("SVLM_COMMIT", "def")  # of another commit: measured anew
+    assert h100.main(["--minutes", "2", "--out", str(out), "--case", "a"]) == 0 and ran[-1][0] == "a"

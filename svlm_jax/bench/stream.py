@@ -532,7 +532,12 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 write_json(args.json, results)
     if args.plot:
-        timeline.plot(results, Path(args.plot))
+        try:
+            timeline.plot(results, Path(args.plot))
+        except UserError as error:
+            if not args.json:
+                raise
+            log(f"no picture, but {args.json} has what it shows: {error}")
         print(timeline.table(results))
     else:
         print("\n\n".join(table(result) for result in results))
