@@ -59,6 +59,12 @@ KERNELS = [(1, 1), (1, 8), (20, 1), (768, 1), (768, 8)]  # new tokens, streams
 SLOTS = (2048, 65_536)
 WEIGHTS = {"bf16": None, "int8": Quantization("int8"), "fp8": Quantization("fp8")}
 KV: tuple[KeysValues | None, ...] = (None, "int8")
+EIGHT_BITS = (
+    ("bf16", None),
+    ("int8", None),
+    ("fp8", None),
+    ("bf16", "int8"),
+)  # weights, keys and values: of decoding; the first of all else
 NAMES = ("topology", "program", "chip", "slots", "tokens", "streams", "weights", "kv")  # by which a row is known
 
 
@@ -159,11 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for topology, name in itertools.product(options.topology, options.program):
         mesh = topology_mesh(topology)
-        for kv, weights in itertools.product(asked, WEIGHTS):
-            if name != "decode" and (kv or weights != "bf16") or kv and weights != "bf16":
-                continue  # of decoding alone, and one of the two
+        for weights, kv in EIGHT_BITS if name == "decode" else EIGHT_BITS[:1]:
+            if kv not in asked:
+                continue
             start = time.perf_counter()
-            found = measure(compile_program(specs[kv], name, mesh, quantization=WEIGHTS[weights])) | least(specs[kv], name, weights, mesh.size)
+            compiled = compile_program(specs[kv], name, mesh, quantization=WEIGHTS[weights])
+            found = measure(compiled) | least(specs[kv], name, weights, mesh.size)
             seconds = round(time.perf_counter() - start, 1)
             note("programs", {"topology": topology, "program": name, "weights": weights, "kv": kv or "bf16", **found, "compile_s": seconds})
     for chip, slots, (tokens, streams), kv in itertools.product(options.chip, SLOTS, KERNELS, asked):
@@ -171,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = measure(compile_kernel(chip, slots=slots, tokens=tokens, streams=streams, kv=kv))
         del found["alias_bytes"]
         seconds = round(time.perf_counter() - start, 1)
-        note("kernels", {"chip": chip, "slots": slots, "tokens": tokens, "streams": streams, "kv": kv or "bf16", **found, "compile_s": seconds})
+        sizes = {"chip": chip, "slots": slots, "tokens": tokens, "streams": streams}
+        note("kernels", {**sizes, "kv": kv or "bf16", **found, "compile_s": seconds})
 
 
 def cut(model: ModelConfig, layers: int, blocks: int) -> ModelConfig:
