@@ -16,11 +16,12 @@ if jax.__version_info__ < (0, 11):
 
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place that says whether there was a race
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
-from test_products import expect_equal, operands
+from test_products import KINDS, expect_equal, operands
 from test_ring_attention import direct, eight, inputs, split
 
 from svlm_jax.kernels.products import mosaic_gpu as products
 from svlm_jax.kernels.products.api import product
+from svlm_jax.kernels.products.mosaic_gpu_kernel import BIASES, placed_bits
 from svlm_jax.kernels.ring_attention import mosaic_gpu_decode
 from svlm_jax.kernels.ring_attention.api import ring_attention
 
@@ -102,3 +103,28 @@ def test_products_of_few_rows(monkeypatch, blocks, rows, inputs, outputs, kind):
         found = [np.asarray(product(*arrays, backend="mosaic_gpu")) for _ in range(2)]
     expect_equal(found[0], *arrays)
     np.testing.assert_array_equal(*found)
+
+
+def numbers(kind):
+    """All that eight bits can say, in a row; zeros in the place of what is no number."""
+    codes = np.arange(256).astype(np.uint8)
+    return np.where(np.isnan(codes.view(kind).astype(np.float32)), 0, codes).astype(np.uint8).view(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_of_eight_bits_is_converted_exactly(kind):
+    """Each row of x takes one row of the weight as it is. A CPU takes subnormal bfloat16 for zeros, which GPUs do not: those are looked at below."""
+    row = numbers(jnp.dtype(KINDS[kind]))
+    row = np.where(np.abs(row.astype(np.float32)) < 2.0**-6, np.zeros_like(row), row) if kind == "fp8" else row
+    values = jnp.asarray(np.tile(row, (128, 1)))
+    with interpreted():
+        found = product(jnp.eye(2, 128, 5, jnp.bfloat16), values, jnp.ones(256), backend="mosaic_gpu")
+    assert len(np.unique(found[0])) > 200
+    np.testing.assert_array_equal(found, np.asarray(values[:2], np.float32))
+
+
+def test_bits_of_eight_bit_floats_are_placed_exactly():
+    row = numbers(np.dtype(jnp.float8_e4m3fn))
+    placed = np.asarray(placed_bits(row.view(np.int8).astype(np.int16)), np.int16).view(jnp.bfloat16)
+    np.testing.assert_array_equal(placed.astype(np.float64) * BIASES, row.astype(np.float64))
+    assert (np.signbit(placed.astype(np.float64)) == np.signbit(row.astype(np.float64))).all()

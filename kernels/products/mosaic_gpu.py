@@ -10,7 +10,7 @@ import numpy as np
 from svlm_jax.kernels.backends import Unsupported
 from svlm_jax.kernels.products.reference import one_device
 
-MULTIPROCESSORS, RESIDENT = 132, 2  # of an H100, and blocks on each: while one converts, the other's tiles arrive
+MULTIPROCESSORS, RESIDENT = 132, 2  # of an H100, and blocks on each, while shared memory lasts: one converts while the other multiplies
 MOST_ROWS = 32
 
 
@@ -52,7 +52,7 @@ def product_mosaic_gpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax
         rows=-(-rows // 8) * 8,
         inputs=inputs,
         outputs=outputs,
-        blocks=min(MULTIPROCESSORS * RESIDENT, inputs * outputs // (INPUTS * OUTPUTS)),
+        blocks=min(MULTIPROCESSORS * (RESIDENT if rows <= 24 else 1), inputs * outputs // (INPUTS * OUTPUTS)),
         stored=jnp.dtype(values.dtype),
         dtype=jnp.dtype(x.dtype),
     )
