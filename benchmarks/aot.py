@@ -1,10 +1,12 @@
 """Compiles the streaming programs for TPUs that are not here, and writes down what they would take of their memory.
 
     pip install -e . libtpu && python benchmarks/aot.py --out benchmarks/tpu_aot.json
+    python benchmarks/aot.py --out benchmarks/tpu_aot.json --keep --topology v5e:2x2 --chip        these rows alone; the others stay
 
 Needs no accelerator: the compiler is in the libtpu package. The full 7B model in bfloat16, one stream of 720p video at the
-defaults, on one v6e chip and cut by heads over the four chips of a v5e and of a v5p host, and its decoding with weights in eight
-bits; then the attention kernel alone, for one chip of every kind. About ten minutes on two cores.
+defaults, on one v6e chip and cut by heads over the four chips of a v5e and of a v5p host, and its decoding with weights, or keys and
+values, in eight bits; then the attention kernel alone, for one chip of every kind. About half an hour on two cores. Every row names its
+commit: that of the file is the newest.
 
 All bytes are those of one chip. `bytes_accessed` is the compiler's estimate (of the kernel, what the kernel states); of a loop, as
 in `decode`, it counts one step. `least_bytes` and `least_operations` are what `svlm_jax.bench.floors` counts of the same work, the
@@ -37,9 +39,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from svlm_jax.bench import floors
 from svlm_jax.bench.report import commit
-from svlm_jax.config import ModelConfig, StreamConfig
+from svlm_jax.config import KeysValues, ModelConfig, StreamConfig
 from svlm_jax.configs.models import MODELS
 from svlm_jax.kernels.ring_attention.api import ring_attention
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows
 from svlm_jax.model.quantized import KINDS, Quantization
 from svlm_jax.planning.serving import PROGRAMS, lower_program, stream_spec
 from svlm_jax.sharding import make_mesh
@@ -55,6 +58,14 @@ CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")  # the kernel is comp
 KERNELS = [(1, 1), (1, 8), (20, 1), (768, 1), (768, 8)]  # new tokens, streams
 SLOTS = (2048, 65_536)
 WEIGHTS = {"bf16": None, "int8": Quantization("int8"), "fp8": Quantization("fp8")}
+KV: tuple[KeysValues | None, ...] = (None, "int8")
+EIGHT_BITS = (
+    ("bf16", None),
+    ("int8", None),
+    ("fp8", None),
+    ("bf16", "int8"),
+)  # weights, keys and values: of decoding; the first of all else
+NAMES = ("topology", "program", "chip", "slots", "tokens", "streams", "weights", "kv")  # by which a row is known
 
 
 def topology_mesh(name: str) -> Mesh:
@@ -94,11 +105,13 @@ def least(spec: StreamSpec, name: str, weights: str, chips: int) -> dict[str, in
     return {key: round(value / chips) for key, value in sums.items() if value}
 
 
-def compile_kernel(topology: str, *, slots: int, tokens: int, streams: int) -> jax.stages.Compiled:
+def compile_kernel(topology: str, *, slots: int, tokens: int, streams: int, kv: KeysValues | None = None) -> jax.stages.Compiled:
     """Ring attention at the 7B model's heads, for one chip."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     cache, fresh = (shape((streams, 4, rows, 128), jnp.bfloat16) for rows in (slots, tokens))
+    if kv == "int8":
+        cache = Int8Rows(shape(cache.shape, jnp.int8), shape(cache.shape[:3], jnp.float32))
     regions = ((0, 640), (640, 1152), (1152, slots))
     query, bits = shape((streams, 3, tokens, 28, 128), jnp.bfloat16), functools.partial(shape, dtype=jnp.bool_)
     call = jax.jit(functools.partial(ring_attention, regions=regions, backend="mosaic_tpu"))
@@ -108,16 +121,20 @@ def compile_kernel(topology: str, *, slots: int, tokens: int, streams: int) -> j
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b", choices=MODELS)
-    parser.add_argument("--topology", action="append", choices=TOPOLOGIES, help="may be repeated; all by default")
-    parser.add_argument("--program", action="append", choices=PROGRAMS, help="may be repeated; all by default")
-    parser.add_argument("--chip", action="append", choices=CHIPS, help="of the kernel; may be repeated; all by default")
+    parser.add_argument("--topology", nargs="*", choices=TOPOLOGIES, default=list(TOPOLOGIES), help="of the programs; all by default")
+    parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="all by default")
+    parser.add_argument("--chip", nargs="*", choices=CHIPS, default=list(CHIPS), help="of the kernel; all by default")
+    parser.add_argument("--kv", nargs="+", choices=("off", "int8"), default=["off", "int8"], help="keys and values; both by default")
     parser.add_argument("--layers", type=int, help="decoder layers and vision blocks, to try this out; all by default")
+    parser.add_argument("--keep", action="store_true", help="rows of --out that are not made anew stay")
     parser.add_argument("--out", type=Path, help="a JSON file, written anew after every program")
     options = parser.parse_args(argv)
     model = MODELS[options.model]()
     if options.layers is not None:
         model = cut(model, options.layers, options.layers)
-    spec = stream_spec(model, StreamConfig())
+    specs = {kv: stream_spec(model, StreamConfig(kv=kv)) for kv in KV}
+    spec = specs[None]
+    asked = [kv for kv in KV if (kv or "off") in options.kv]
     packages = ("jax", "jaxlib", "libtpu", "flax")
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -133,27 +150,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         "programs": [],
         "kernels": [],
     }
+    if options.keep and options.out and options.out.exists():
+        before = json.loads(options.out.read_text())
+        for kind in ("programs", "kernels"):
+            result[kind] = [{**row, "commit": row.get("commit", before["commit"]), "kv": row.get("kv", "bf16")} for row in before[kind]]
 
     def note(kind: str, row: dict[str, Any]) -> None:
+        row["commit"] = result["commit"]
         print(json.dumps(row), flush=True)
-        result[kind].append(row)
+        known = [row.get(name) for name in NAMES]
+        result[kind] = [other for other in result[kind] if [other.get(name) for name in NAMES] != known] + [row]
         if options.out:
             options.out.write_text(json.dumps(result, indent=2) + "\n")
 
-    for topology in options.topology or TOPOLOGIES:
+    for topology, name in itertools.product(options.topology, options.program):
         mesh = topology_mesh(topology)
-        for name in options.program or PROGRAMS:
-            for weights in WEIGHTS if name == "decode" else ("bf16",):
-                start = time.perf_counter()
-                found = measure(compile_program(spec, name, mesh, quantization=WEIGHTS[weights])) | least(spec, name, weights, mesh.size)
-                seconds = round(time.perf_counter() - start, 1)
-                note("programs", {"topology": topology, "program": name, "weights": weights, **found, "compile_s": seconds})
-    for chip, slots, (tokens, streams) in itertools.product(options.chip or CHIPS, SLOTS, KERNELS):
+        for weights, kv in EIGHT_BITS if name == "decode" else EIGHT_BITS[:1]:
+            if kv not in asked:
+                continue
+            start = time.perf_counter()
+            compiled = compile_program(specs[kv], name, mesh, quantization=WEIGHTS[weights])
+            found = measure(compiled) | least(specs[kv], name, weights, mesh.size)
+            seconds = round(time.perf_counter() - start, 1)
+            note("programs", {"topology": topology, "program": name, "weights": weights, "kv": kv or "bf16", **found, "compile_s": seconds})
+    for chip, slots, (tokens, streams), kv in itertools.product(options.chip, SLOTS, KERNELS, asked):
         start = time.perf_counter()
-        found = measure(compile_kernel(chip, slots=slots, tokens=tokens, streams=streams))
+        found = measure(compile_kernel(chip, slots=slots, tokens=tokens, streams=streams, kv=kv))
         del found["alias_bytes"]
         seconds = round(time.perf_counter() - start, 1)
-        note("kernels", {"chip": chip, "slots": slots, "tokens": tokens, "streams": streams, **found, "compile_s": seconds})
+        sizes = {"chip": chip, "slots": slots, "tokens": tokens, "streams": streams}
+        note("kernels", {**sizes, "kv": kv or "bf16", **found, "compile_s": seconds})
 
 
 def cut(model: ModelConfig, layers: int, blocks: int) -> ModelConfig:

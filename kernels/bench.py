@@ -9,27 +9,33 @@ output is the next one's query. Time is the median of the programs' wall time ov
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.kernels.ring_attention.api import Regions, Unsupported, backends, ring_attention
+from svlm_jax.kernels.backends import Unsupported
+from svlm_jax.kernels.ring_attention.api import Regions, backends, ring_attention
+from svlm_jax.kernels.ring_attention.int8 import quantize_rows, widen
 
 HEADS, KV_HEADS, HEAD_DIM = 28, 4, 128  # Qwen2.5-VL-7B
 
 
-def make_inputs(key: jax.Array, *, streams: int, tokens: int, regions: Regions, fill: float = 0.85) -> dict[str, jax.Array]:
-    """Random operands of one layer, bfloat16; a share of the slots is not valid."""
+def make_inputs(
+    key: jax.Array, *, streams: int, tokens: int, regions: Regions, fill: float = 0.85, kv: str | None = None
+) -> dict[str, Any]:
+    """Random operands of one layer, bfloat16, the cache in eight bits where `kv` says so; a share of the slots is not valid."""
     slots, keys = regions[-1][1], jax.random.split(key, 7)
 
     def normal(index: int, *shape: int) -> jax.Array:
         return jax.random.normal(keys[index], shape, jnp.bfloat16)
 
+    keep = quantize_rows if kv == "int8" else lambda rows: rows
     return {
         "q": normal(0, streams, len(regions), tokens, HEADS, HEAD_DIM),
-        "k": normal(1, streams, KV_HEADS, slots, HEAD_DIM),
-        "v": normal(2, streams, KV_HEADS, slots, HEAD_DIM),
+        "k": keep(normal(1, streams, KV_HEADS, slots, HEAD_DIM)),
+        "v": keep(normal(2, streams, KV_HEADS, slots, HEAD_DIM)),
         "valid": jax.random.uniform(keys[3], (streams, slots)) < fill,
         "self_k": normal(4, streams, KV_HEADS, tokens, HEAD_DIM),
         "self_v": normal(5, streams, KV_HEADS, tokens, HEAD_DIM),
@@ -51,14 +57,14 @@ def relative_error(ours: jax.Array, truth: jax.Array) -> float:
     return float(np.linalg.norm(found - true) / np.linalg.norm(true))
 
 
-def check(backend: str, *, streams: int, tokens: int, regions: Regions) -> dict[str, float]:
-    """Against the reference in float32, on fresh inputs with holes, an empty region."""
+def check(backend: str, *, streams: int, tokens: int, regions: Regions, kv: str | None = None) -> dict[str, float]:
+    """Against the reference in float32, on fresh inputs with holes, an empty region. A cache in eight bits is taken for what it says."""
     worst = {"out": 0.0, "lse": 0.0}
     for seed in range(3):
-        arrays = make_inputs(jax.random.key(seed), streams=streams, tokens=tokens, regions=regions, fill=(0.85, 0.02, 0.5)[seed])
+        arrays = make_inputs(jax.random.key(seed), streams=streams, tokens=tokens, regions=regions, fill=(0.85, 0.02, 0.5)[seed], kv=kv)
         if seed == 1:
             arrays["valid"] &= jnp.arange(regions[-1][1]) >= regions[0][1]
-        wide = {name: a if a.dtype == bool else a.astype(jnp.float32) for name, a in arrays.items()}
+        wide = {name: a if a.dtype == bool else widen(a, jnp.float32) for name, a in arrays.items()}
         with jax.default_matmul_precision("highest"):
             truth, true_lse = jax.jit(functools.partial(ring_attention, regions=regions, backend="reference"))(**wide)
         call = jax.jit(functools.partial(ring_attention, regions=regions, backend=backend))
@@ -71,7 +77,7 @@ def check(backend: str, *, streams: int, tokens: int, regions: Regions) -> dict[
     return worst
 
 
-def microseconds(layer: Callable, arrays: list[dict[str, jax.Array]], repeats: int = 20) -> float:
+def microseconds(layer: Callable, arrays: list[dict[str, Any]], repeats: int = 20) -> float:
     """Median time of one layer."""
 
     @jax.jit
@@ -91,23 +97,26 @@ def microseconds(layer: Callable, arrays: list[dict[str, jax.Array]], repeats: i
     return float(np.median(times)) / len(arrays) * 1e6
 
 
-def measure(*, streams: int, tokens: int, regions: Regions, layers: int = 8) -> dict[str, object]:
+def measure(*, streams: int, tokens: int, regions: Regions, layers: int = 8, kv: str | None = None) -> dict[str, object]:
     """One size: errors, times and rates of every backend that takes it, and of cuDNN."""
-    arrays = [make_inputs(jax.random.key(100 + i), streams=streams, tokens=tokens, regions=regions) for i in range(layers)]
+    arrays = [make_inputs(jax.random.key(100 + i), streams=streams, tokens=tokens, regions=regions, kv=kv) for i in range(layers)]
     held = float(np.mean([np.asarray(a["valid"]).mean() for a in arrays])) * regions[-1][1]
     operations = 4.0 * streams * tokens * HEADS * HEAD_DIM * (held + tokens / 2)
-    rows = 2 * KV_HEADS * (held + tokens) + (len(regions) + 1) * HEADS * tokens  # keys and values; copies of the query, and the output
-    sizes = {"streams": streams, "tokens": tokens, "slots": regions[-1][1], "valid_slots": held}
-    record: dict[str, object] = {**sizes, "operations": operations, "bytes": 2.0 * streams * HEAD_DIM * rows}
+    row = HEAD_DIM + 4 if kv == "int8" else 2 * HEAD_DIM  # bytes of a key or a value in the cache
+    fresh = 2.0 * HEAD_DIM * (2 * KV_HEADS * tokens + (len(regions) + 1) * HEADS * tokens)  # the chunk; copies of the query, and the output
+    sizes = {"streams": streams, "tokens": tokens, "slots": regions[-1][1], "valid_slots": held, "kv": kv or "bfloat16"}
+    record: dict[str, object] = {**sizes, "operations": operations, "bytes": streams * (2.0 * KV_HEADS * held * row + fresh)}
     names = backends(jax.devices()[0].platform)
     calls: dict[str, Callable] = {name: functools.partial(ring_attention, regions=regions, backend=name) for name in names}
     for name, call in calls.items():
         try:
-            error = check(name, streams=streams, tokens=tokens, regions=regions)
+            error = check(name, streams=streams, tokens=tokens, regions=regions, kv=kv)
             taken = microseconds(lambda call=call, **operands: call(**operands)[0], arrays)
             record[name] = {"us": taken, "relative_error": error["out"], "lse_error": error["lse"]}
         except Unsupported as reason:
             record[name] = {"unsupported": str(reason)}
+    if kv is not None:
+        return record | {"cudnn": {"unsupported": "takes no keys and values in eight bits"}}
     try:
         taken = microseconds(functools.partial(cudnn, regions=regions), arrays)
         record["cudnn"] = {"us": taken}

@@ -9,6 +9,7 @@ from svlm_jax.errors import UserError
 
 Mode = Literal["streaming", "full", "windows", "recompute"]
 Positions = Literal["contiguous", "append"]
+KeysValues = Literal["int8"]
 VisionNorm = Literal["rms", "layer"]
 VisionMlp = Literal["swiglu", "quick_gelu"]
 
@@ -143,6 +144,7 @@ class StreamConfig:
     text_capacity: int = 8192  # words that fit when text_sink and text_sliding are both off
     question_capacity: int = 64  # tokens of a question in mid-stream, for which every round has room; 0: none can be asked
     max_pixels: int = 602_112  # pixels of a frame after resizing, at most
+    kv: KeysValues | None = None  # keys and values in eight bits, a scale for each token and head; None: in the type of the computation
 
     def __post_init__(self):
         _require(self.vision_window >= 1, f"--vision-window must be at least 1 round, not {self.vision_window}")
@@ -167,6 +169,7 @@ class StreamConfig:
         _require(self.text_capacity >= 0, f"--text-capacity must not be negative, but is {self.text_capacity}")
         _require(self.capacity_rounds >= 2, f"--capacity-rounds must be at least 2, not {self.capacity_rounds}")
         _require(self.question_capacity >= 0, f"question_capacity must not be negative, but is {self.question_capacity}")
+        _require(self.kv in (None, "int8"), f"--kv {self.kv!r} is unknown: int8")
         self.frames_per_round  # noqa: B018  (raises where fps and chunk_seconds do not fit)
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.state import Prompt, state_shapes
+from svlm_jax.streaming.state import Prompt, slot_bytes, state_shapes
 from svlm_jax.streaming.step import compiled
 from svlm_jax.types import Params
 
@@ -51,12 +51,10 @@ def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: in
     if free is None:
         return
     # A lower bound first: the layout of an absurd window would itself be too much for the host.
-    text = spec.model.text
-    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.head_dim or 0) * np.dtype(dtype).itemsize
     rounds = {"full": spec.stream.capacity_rounds}.get(spec.stream.mode, spec.stream.vision_window)
     words = spec.stream.text_window * spec.stream.max_new_tokens if spec.stream.mode in ("streaming", "recompute") else 0
     words += spec.stream.text_capacity if spec.stream.text_sliding is None else (spec.stream.text_sink or 0) + spec.stream.text_sliding
-    state = streams * slot * (rounds * math.prod(spec.grid) + words)
+    state = streams * slot_bytes(spec, dtype) * (rounds * math.prod(spec.grid) + words)
     if weight_bytes + state <= free:
         state = tree_bytes(state_shapes(spec, streams, dtype))
     if weight_bytes + state <= free:
@@ -80,7 +78,8 @@ def _way_out(stream: StreamConfig, weights_alone: bool) -> str:
     if stream.mode in ("streaming", "recompute"):
         flags.append("--text-window")
     flags += ["--max-new-tokens", "--max-pixels", "--fps", "--text-capacity" if stream.text_sliding is None else "--text-sink and --text-sliding"]
-    return f"lower {', '.join(flags[:-1])} or {flags[-1]}"
+    smaller = "" if stream.kv else "keep keys and values in 8 bits (--kv int8), or "
+    return f"{smaller}lower {', '.join(flags[:-1])} or {flags[-1]}"
 
 
 class Programs:

@@ -124,12 +124,13 @@ def replicated_axes(config: ModelConfig, mesh: Mesh | AbstractMesh, *, rules: Ru
 def state_shardings(state_shapes: Any, mesh: Mesh | AbstractMesh, *, rules: Rules | None = None) -> Any:
     """The sharding of every array of a `streaming.state.StreamState` (or of its shapes), as a state of shardings.
 
-    Keys and values [B, K, S, H] are cut by stream and by key-value head, all else [B, ...] by stream; scalars are replicated.
+    Keys and values [B, K, S, H] are cut by stream and by key-value head, and so are their scales where they are kept in eight bits;
+    all else [B, ...] is cut by stream; scalars are replicated.
     """
     table = rules or Rules()
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        heads = "kv_heads" if path[0].name in ("k", "v") else None
+        heads = "kv_heads" if path[0].name in ("k", "v", "closing") else None
         axes = ("streams", heads, None, None)[: len(leaf.shape)]
         return NamedSharding(mesh, partition(leaf.shape, axes, mesh, table))
 

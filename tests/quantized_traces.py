@@ -1,6 +1,6 @@
-"""How often a model with weights in eight bits takes the word that the recorded one took, every word before it being the recorded one.
+"""How often a model in eight bits takes the word that the recorded one took, every word before it being the recorded one.
 
-    python tests/quantized_traces.py TRACE... [--kind int8 fp8]
+    python tests/quantized_traces.py TRACE... [--kind int8 fp8 kv]
 
 The recorded models are tiny and have random weights, whose likeliest words lie close together: a learnt model agrees more often.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 from replay_trace import count_rounds, frames, make_engine, times
 
+from svlm_jax.config import KeysValues
 from svlm_jax.model.quantized import Quantization, quantize
 from svlm_jax.model.qwen_vl import bind
 from svlm_jax.streaming.sampling import visible_tokens
@@ -27,9 +28,11 @@ def _step(params, state, key, step):
     return _decode_step(bind(state.spec.model, params), state, key, step, state.spec.cache.rounds.room(state.round))
 
 
-def agreement(trace: dict[str, Any], quantization: Quantization | None, *, rounds: int | None = None) -> tuple[int, int]:
-    """(words that agree, words) over all rounds of a trace, or the first ones; None: the recorded weights as they are."""
-    engine, agree, count = make_engine(trace), 0, 0
+def agreement(
+    trace: dict[str, Any], quantization: Quantization | None, *, kv: KeysValues | None = None, rounds: int | None = None
+) -> tuple[int, int]:
+    """(words that agree, words) over all rounds of a trace, or the first ones; None: weights, or keys and values, as they are."""
+    engine, agree, count = make_engine(trace, kv=kv), 0, 0
     if quantization is not None:
         engine.params = quantize(engine.params, quantization)
     engine.open(0)
@@ -55,11 +58,14 @@ def agreement(trace: dict[str, Any], quantization: Quantization | None, *, round
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("traces", nargs="+", type=Path)
-    parser.add_argument("--kind", nargs="+", default=["none", "int8", "fp8"])
+    parser.add_argument(
+        "--kind", nargs="+", default=["none", "int8", "fp8", "kv"], help="weights in int8 or fp8; kv: keys and values in int8"
+    )
     arguments = parser.parse_args()
     for kind in arguments.kind:
-        quantization = None if kind == "none" else Quantization(kind)
-        found = np.array([agreement(oracle.read_json(path), quantization) for path in arguments.traces])
+        quantization = None if kind in ("none", "kv") else Quantization(kind)
+        kv: KeysValues | None = "int8" if kind == "kv" else None
+        found = np.array([agreement(oracle.read_json(path), quantization, kv=kv) for path in arguments.traces])
         for path, (agree, count) in zip(arguments.traces, found, strict=True):
             print(f"{kind} {path.name}: {agree} of {count} words", flush=True)
         agree, count = found.sum(0)

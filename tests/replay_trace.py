@@ -18,7 +18,7 @@ import numpy as np
 import oracle
 import recipe
 
-from svlm_jax.config import StreamConfig
+from svlm_jax.config import KeysValues, StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.streaming.prompt import encode_words
@@ -65,13 +65,13 @@ def stream_config(case: dict[str, Any]) -> StreamConfig:
     )
 
 
-def make_engine(trace: dict[str, Any], *, streams: int = 1) -> Engine:
+def make_engine(trace: dict[str, Any], *, streams: int = 1, kv: KeysValues | None = None) -> Engine:
     """An engine over the traced model, with no stream open."""
     config, params = oracle.make_model(trace)
     case, tokenizer = trace["case"], oracle.tokenizer()
     size = {"height": case["height"], "width": case["width"]}
     stream = stream_config(case)
-    stream = dataclasses.replace(stream, text_capacity=stream.text_capacity + len(encode_words(tokenizer, stream.previous_text)))
+    stream = dataclasses.replace(stream, kv=kv, text_capacity=stream.text_capacity + len(encode_words(tokenizer, stream.previous_text)))
     spec = make_spec(config, stream, tokenizer, **size, watch=trace["candidate_token_ids"])
     return Engine(params, spec, tokenizer, streams=streams)
 

@@ -7,6 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -68,6 +69,23 @@ def test_the_attention_kernel_compiles_for_every_chip(chip, slots, tokens):
     found = aot.measure(aot.compile_kernel(chip, slots=slots, tokens=tokens, streams=1))
     cache = 2 * 4 * slots * 128 * 2
     assert found["temp_bytes"] < (0.02 * cache if tokens == 1 else 64 << 20)  # a chunk's queries and outputs, whatever the cache
+
+
+def test_the_attention_kernel_reads_eight_bits_as_they_are():
+    wide, narrow = (aot.measure(aot.compile_kernel("v5e:2x2", slots=65_536, tokens=1, streams=1, kv=kv)) for kv in (None, "int8"))
+    assert narrow["temp_bytes"] <= wide["temp_bytes"] + (1 << 20)  # no copy of the keys, nor of their scales
+    assert narrow["arguments_bytes"] < 0.53 * wide["arguments_bytes"]
+
+
+def test_eviction_and_decoding_with_keys_and_values_in_eight_bits_copy_nothing():
+    spec = aot.stream_spec(aot.cut(qwen2_5_vl_7b(), 2, 1), StreamConfig(kv="int8"))
+    state = state_shapes(spec, 1, jnp.bfloat16)
+    cache = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((state.k, state.v)))
+    for program in ("evict", "decode"):
+        compiled = aot.compile_program(spec, program, aot.topology_mesh("v6e:1x1"))
+        found = aot.measure(compiled)
+        assert found["alias_bytes"] >= cache and found["temp_bytes"] < 0.1 * cache
+        assert program == "evict" or "tpu_custom_call" in (compiled.as_text() or "")
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])

@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 
 from svlm_jax import demo
-from svlm_jax.bench import profile, report, stream
+from svlm_jax.bench import kernels, profile, report, stream, timeline
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
 from svlm_jax.commands import bench as command
+from svlm_jax.config import StreamConfig
 from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.engine import make_spec
@@ -45,6 +47,7 @@ FIELDS = {
     "versions": {"python": str, "jax": str, "jaxlib": str, "flax": str, "numpy": str, "av": str},
     "model": str,
     "weights": str,
+    "kv": str,
     "mode": str,
     "positions": str,
     "fps": float,
@@ -323,6 +326,56 @@ def test_flags_multiply_and_results_are_a_list(tmp_path, monkeypatch, outcome):
     assert [(one["mode"], one["fps"]) for one in json.loads(path.read_text())] == [(run.mode, run.fps) for run in runs]
 
 
+def test_a_cache_that_grows_goes_on_as_if_it_had_been_larger():
+    config = StreamConfig(mode="full", capacity_rounds=6, max_new_tokens=4, query="", question_capacity=0)
+    large, growing = (small.engine(dataclasses.replace(config, capacity_rounds=rounds), height=448, width=448) for rounds in (6, 2))
+    assert growing.spec.cache.slots < large.spec.cache.slots
+    said = []
+    for engine in (large, growing):
+        engine.open(0)
+        said.append([])
+        for index in range(6):
+            if engine is growing and index in (2, 4):
+                timeline.grow(engine, index + 2)
+            said[-1].append(engine.step(small.frames(engine, index), {0: (float(index), index + 1.0)}).tokens()[0])
+    assert said[0] == said[1]
+    jax.tree.map(lambda ours, theirs: (ours == theirs).all() or pytest.fail("the states differ"), growing.state, large.state)
+
+
+def test_latency_and_memory_over_stream_time_are_drawn_from_their_record(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(timeline, "FIRST_CAPACITY", 2)
+    monkeypatch.setattr(timeline, "free_memory", lambda: 0 if len(grown) else 1 << 40)
+    grown, grow = [], timeline.grow
+    monkeypatch.setattr(timeline, "grow", lambda engine, capacity: grown.append(capacity) or grow(engine, capacity))
+    picture, record = tmp_path / "figure.png", tmp_path / "figure.json"
+    arguments = ["--weights", "f32", "--rounds", "6", "--mode", "full", "streaming", "--plot", str(picture), "--json", str(record)]
+    assert stream.main([*SMALL, *arguments]) == 0
+    full, streaming = json.loads(record.read_text())
+    assert grown == [4] and full["timeline"]["out_of_memory"] and full["timeline"]["seconds"] == [1, 2, 3, 4]
+    assert not streaming["timeline"]["out_of_memory"] and streaming["timeline"]["seconds"] == [1, 2, 3, 4, 5, 6]
+    for run in (full, streaming):
+        assert {len(run["timeline"][column]) for column in timeline.COLUMNS} == {len(run["timeline"]["seconds"])}
+        assert min(run["timeline"]["round_ms"]) > 0 and run["device"] == "cpu" and run["command"]
+    assert len(set(streaming["timeline"]["memory_bytes"])) == 1
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["mode", "full", "streaming"] and table[1].endswith("out of memory")
+    again = tmp_path / "again.svg"
+    assert stream.main(["--record", str(record), "--plot", str(again)]) == 0
+    assert (
+        picture.read_bytes().startswith(b"\x89PNG")
+        and "out of memory" in again.read_text()
+        and capsys.readouterr().out.splitlines() == table
+    )
+    (tmp_path / "other.json").write_text("{}")
+    for wrong, told in (
+        (["--record", str(record)], "--record needs --plot"),
+        (["--record", str(tmp_path / "other.json"), "--plot", str(again)], "has no timelines"),
+        (["--record", str(record), "--plot", str(tmp_path / "figure.txt")], "cannot be written"),
+    ):
+        assert stream.main(wrong) == 2 and told in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(capsys):
     assert stream.main(["--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: --rounds must be at least 1, not 0\n"
@@ -342,17 +395,68 @@ def test_kernels_beside_their_floor(tmp_path, capsys):
     def run(*arguments):
         return command.run(parser.parse_args(["bench", "kernels", *arguments]))
 
-    assert run("--slots", "1280", "--tokens", "1", "--layers", "2", "--json", str(tmp_path / "kernels.json")) == 0
-    row = json.loads((tmp_path / "kernels.json").read_text())
+    sizes = ("--slots", "1280", "--tokens", "1", "--layers", "2", "--kv", "off", "int8", "--rows")
+    assert run(*sizes, "--json", str(tmp_path / "kernels.json")) == 0
+    row, small = json.loads((tmp_path / "kernels.json").read_text())
+    assert (row["kv"], small["kv"]) == ("bfloat16", "int8") and small["reference"]["relative_error"] < 0.01
+    assert row["bytes"] - small["bytes"] == pytest.approx(2 * 4 * row["valid_slots"] * (256 - 132))
     assert row["slots"] == 1280 and "mosaic_gpu" not in row and "mosaic_tpu" not in row  # which do not run on a CPU
     found, held = row["reference"], row["valid_slots"]
     assert row["bytes"] == pytest.approx(2 * 128 * (2 * 4 * (held + 1) + 4 * 28))
-    assert found["tbps"] == pytest.approx(row["bytes"] / found["us"] / 1e6) and found["tflops"] == pytest.approx(row["operations"] / found["us"] / 1e6)
+    assert found["tbps"] == pytest.approx(row["bytes"] / found["us"] / 1e6) and found["tflops"] == pytest.approx(
+        row["operations"] / found["us"] / 1e6
+    )
     least = max(row["bytes"] / row["ceilings"]["copy_tbps"], row["operations"] / row["ceilings"]["matmul_tflops"]) / 1e6
     assert found["of_floor"] == pytest.approx(least / found["us"]) and found["relative_error"] < 0.01
     assert "unsupported" in row["cudnn"]
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3 and "XLA" in table[1] and "cudnn" in table[2]
-    for flag, value in (("--slots", "1000"), ("--tokens", "0"), ("--streams", "0"), ("--layers", "0")):
+    assert len(table) == 5 and "XLA" in table[1] and "cudnn" in table[2] and "int8" in table[3]
+    for flag, value in (("--slots", "1000"), ("--tokens", "0"), ("--streams", "0"), ("--layers", "0"), ("--rows", "0")):
         with pytest.raises(UserError, match=f"{flag} must be .* not {value}"):
             run(flag, value)
+
+
+def test_products_beside_xla(monkeypatch):
+    from svlm_jax.kernels.products import bench
+
+    monkeypatch.setattr(bench, "WEIGHTS", {"small": (256, 384)})
+    monkeypatch.setattr(bench, "CHAIN_BYTES", 1)
+    record = kernels.rated(bench.measure("small", rows=3, kind="fp8"), Ceilings(1, 1))
+    assert (record["weight"], record["rows"], record["inputs"], record["outputs"], record["kind"]) == ("small", 3, 256, 384, "fp8")
+    assert "mosaic_gpu" not in record and "tiles" not in record  # which do not run on a CPU
+    assert record["operations"] == 2 * 3 * 256 * 384 and 256 * 384 < record["bytes"] < 256 * 384 + 10_000
+    found, wide = record["reference"], record["XLA bf16"]
+    assert found["relative_error"] < 0.01 and found["tbps"] == pytest.approx(record["bytes"] / found["us"] / 1e6)
+    assert wide["tbps"] == pytest.approx(2 * 256 * 384 / wide["us"] / 1e6)
+    lines = kernels.rows(record)
+    assert len(lines) == 2 and "XLA" in lines[0] and "XLA bf16" in lines[1] and all(line.split()[:2] == ["small", "3"] for line in lines)
+    assert len(lines[0].split("XLA")[0]) == len(kernels.heading(record)) + 2
+
+
+def test_cases_of_a_gpu_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import h100
+
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    for _, arguments in h100.CASES.values():  # each is a command that there is
+        parser.parse_args(["bench", *arguments, "--json", "x.json"])
+    clock, ran = [0.0], []
+
+    def run(name, seconds):
+        ran.append((name, round(seconds)))
+        clock[0] += 100.0
+        return [] if name == "b" and len(ran) < 3 else [{"commit": "abc"}]
+
+    monkeypatch.setenv("SVLM_COMMIT", "abc")
+    monkeypatch.setattr(h100.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(h100, "run", run)
+    monkeypatch.setattr(h100, "CASES", {"a": (90, ()), "b": (90, ()), "long": (999, ()), "c": (90, ())})
+    out = tmp_path / "cases.json"
+    assert h100.main(["--minutes", "5", "--out", str(out)]) == 1
+    assert ran == [("a", 300), ("b", 200), ("c", 100)] and "not yet measured: b, long" in capsys.readouterr().out
+    assert h100.main(["--minutes", "17", "--out", str(out)]) == 1  # `b` took what `long` needs
+    assert [name for name, _ in ran[3:]] == ["b"] and set(json.loads(out.read_text())) == {"a", "b", "c"}
+    assert h100.main(["--minutes", "17", "--out", str(out)]) == 0
+    monkeypatch.setenv("SVLM_COMMIT", "def")  # of another commit: measured anew
+    assert h100.main(["--minutes", "2", "--out", str(out), "--case", "a"]) == 0 and ran[-1][0] == "a"

@@ -40,6 +40,7 @@ VIDEO
 --text-capacity TOKENS 8192
 --mode {streaming,full,windows,recompute} 'streaming'
 --positions {contiguous,append} 'contiguous'
+--kv {int8}
 --capacity-rounds ROUNDS 64
 --query TEXT 'Commentate on this match'
 --question TEXT@SECONDS []

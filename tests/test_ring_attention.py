@@ -17,13 +17,15 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that says whether there was a race
 from jax.experimental.pallas import tpu as pltpu
 
-from svlm_jax.kernels.ring_attention.api import BACKENDS, Unsupported, prepare, ring_attention
+from svlm_jax.kernels.backends import Unsupported
+from svlm_jax.kernels.ring_attention.api import BACKENDS, prepare, ring_attention
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, quantize_rows, widen
 from svlm_jax.kernels.ring_attention.tiles import visited_tiles
 
 
 def direct(q, k, v, valid, *, regions, self_k=None, self_v=None, self_valid=None, scale=None):
     """The equation itself in float64, one query of one head at a time."""
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    q, k, v = np.asarray(q, np.float64), *(np.asarray(widen(a, jnp.float32), np.float64) for a in (k, v))
     batch, _, length, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     out, lse = np.zeros((batch, length, heads, head_dim)), np.full((batch, length, heads), -np.inf)
@@ -85,6 +87,11 @@ def inputs(seed, *, batch=3, length=1, heads=4, kv_heads=2, head_dim=16, regions
     return arrays
 
 
+def eight(arrays):
+    """The same with the cache's keys and values in eight bits."""
+    return arrays | {name: quantize_rows(arrays[name]) for name in ("k", "v")}
+
+
 def split(arrays):
     positional = [arrays[name] for name in ("q", "k", "v", "valid")]
     return positional, {name: value for name, value in arrays.items() if name.startswith("self_")}
@@ -135,6 +142,44 @@ def test_a_single_valid_slot_and_streams_of_different_fill(backend):
     valid = np.zeros((3, 640), bool)
     valid[0, 300], valid[1, 100:500] = True, True  # the third stream holds nothing
     expect_equal(arrays | {"valid": jnp.asarray(valid)}, backend)
+
+
+# Keys and values in eight bits are what the numbers and scales say, and no backend may add more error to them than to others
+
+
+@pytest.mark.parametrize(("length", "fresh", "fill"), [(20, True, 0.5), (1, False, 0.02)])
+def test_int8_equals_the_equation(backend, length, fresh, fill):
+    expect_equal(eight(inputs(20, length=length, fill=fill, fresh=fresh, head_dim=HEAD_DIMS[backend])), backend)
+
+
+def test_int8_in_many_regions_under_bfloat16_queries(backend):
+    regions = ((0, 0), (0, 384), (384, 512), (512, 1408))
+    arrays = inputs(21, heads=7, kv_heads=1, regions=regions, dtype=jnp.bfloat16, head_dim=HEAD_DIMS[backend])
+    expect_equal(eight(arrays), backend, regions=regions, tolerance=0.01)
+
+
+def test_int8_over_no_cache_at_all(backend):
+    expect_equal(eight(inputs(22, length=4, regions=((0, 0),), head_dim=HEAD_DIMS[backend])), backend, regions=((0, 0),))
+
+
+def test_invalid_int8_slots_may_hold_anything(backend):
+    arrays = eight(inputs(23, head_dim=HEAD_DIMS[backend]))
+    lost = ~arrays["valid"][:, None]
+    poisoned = {
+        name: Int8Rows(jnp.where(lost[..., None], 127, arrays[name].values).astype(jnp.int8), jnp.where(lost, 1e30, arrays[name].scale))
+        for name in ("k", "v")
+    }
+    for ours, theirs in zip(run(arrays, backend), run(arrays | poisoned, backend), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rows_in_eight_bits_are_near_what_they_were_made_of():
+    rows = np.random.default_rng(0).normal(size=(2, 3, 5, 64)).astype(np.float32) * np.array([1e-20, 1, 1e4])[:, None, None]
+    rows[0, 1, 2] = 0
+    small = quantize_rows(jnp.asarray(rows, jnp.float32))
+    assert small.values.dtype == jnp.int8 and small.scale.shape == (2, 3, 5) and np.abs(np.asarray(small.values, np.int32)).max() == 127
+    largest = np.abs(rows).max(-1, keepdims=True)
+    assert (np.abs(np.asarray(widen(small, jnp.float32)) - rows) <= largest * 1.0001 / 254).all()
 
 
 def test_order_of_slots_means_nothing(backend):
@@ -242,10 +287,13 @@ def test_visited_tiles():
         ({"regions": ((0, 128), (128, 640))}, "3 rotated copies for 2 regions"),
         ({"regions": ((0, 100), (100, 256), (256, 640))}, "multiples of 128"),
         ({"self_valid": None}, "self_valid"),
+        ({"v": None}, "keys are float32 and values are int8"),
     ],
 )
 def test_broken_contracts_are_named(change, message):
     arrays = inputs(10)
+    if "v" in change:
+        arrays, change = arrays | {"v": quantize_rows(arrays["v"])}, {}
     positional, fresh = split(arrays)
     with pytest.raises(ValueError, match=message):
         ring_attention(*positional, **({"regions": REGIONS} | fresh | change))
@@ -253,25 +301,36 @@ def test_broken_contracts_are_named(change, message):
 
 def test_a_backend_that_does_not_take_the_call_says_why():
     positional, fresh = split(inputs(11))
-    with pytest.raises(Unsupported, match="bfloat16, not float32"):
+    with pytest.raises(Unsupported, match="bfloat16 over bfloat16 or int8, not float32 queries"):
         ring_attention(*positional, regions=REGIONS, backend="mosaic_gpu", **fresh)
     assert BACKENDS[-1] == "reference"
 
 
-@pytest.mark.parametrize(("length", "streams"), [(1, 1), (8, 1), (1, 8), (768, 1)])
-def test_gpu_kernels_lower_without_a_gpu(length, streams):
+@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize(
+    ("length", "streams", "regions"),
+    [
+        *((length, streams, ((0, 640), (640, 1152), (1152, 15_360))) for length, streams in [(1, 1), (8, 1), (1, 8), (768, 1)]),
+        (1, 1, ((0, 640), (640, 1152), (1152, 2048), (2048, 15_360))),  # four copies of the query fit into shared memory too
+    ],
+)
+def test_gpu_kernels_lower_without_a_gpu(length, streams, regions, kv):
     """At 7B sizes and the default windows."""
-    regions = ((0, 640), (640, 1152), (1152, 15_360))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     cache, fresh = shape((streams, 4, 15_360, 128)), shape((streams, 4, length, 128))
+    if kv:
+        cache = jax.eval_shape(quantize_rows, cache)
     call = functools.partial(ring_attention, regions=regions, backend="mosaic_gpu")
-    args = (shape((streams, 3, length, 28, 128)), cache, cache, jax.ShapeDtypeStruct((streams, 15_360), bool))
+    args = (shape((streams, len(regions), length, 28, 128)), cache, cache, jax.ShapeDtypeStruct((streams, 15_360), bool))
     traced = jax.jit(call).trace(*args, self_k=fresh, self_v=fresh, self_valid=jax.ShapeDtypeStruct((streams, length), bool))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def decode_in_numpy(shapes, q, k, v, hidden, tiles, first):
+def decode_in_numpy(shapes, q, k, v, hidden, tiles, first, *scales):
     """What the decoding kernel leaves for the host's side to join, share by share."""
+    assert bool(scales) == shapes.eight == (k.dtype == jnp.int8)
+    if scales:
+        k, v = (widen(Int8Rows(rows, scale), jnp.float32) for rows, scale in zip((k, v), scales, strict=True))
     q, k, v, hidden, tiles, first = (np.asarray(a, np.float64 if a.dtype != jnp.int32 else np.int32) for a in (q, k, v, hidden, tiles, first))
     shares = (shapes.batch, shapes.kv_heads, shapes.splits, shapes.rows)
     sums, peak, total = np.zeros((*shares, shapes.head_dim)), np.full(shares, -1e29), np.zeros(shares)
@@ -290,12 +349,14 @@ def decode_in_numpy(shapes, q, k, v, hidden, tiles, first):
     return tuple(jnp.asarray(a, jnp.float32) for a in (sums, peak, total))
 
 
+@pytest.mark.parametrize("kv", [None, "int8"])
 @pytest.mark.parametrize(("length", "fill", "fresh"), [(1, 0.5, True), (3, 0.5, True), (1, 0.02, False), (2, 0.0, True), (1, 0.0, False)])
-def test_shares_of_the_decoding_kernel_are_joined(monkeypatch, length, fill, fresh):
+def test_shares_of_the_decoding_kernel_are_joined(monkeypatch, length, fill, fresh, kv):
     from svlm_jax.kernels.ring_attention import mosaic_gpu_decode
 
     monkeypatch.setattr(mosaic_gpu_decode, "decode", decode_in_numpy)
     arrays = inputs(13, length=length, head_dim=64, fill=fill, fresh=fresh, dtype=jnp.bfloat16)
+    arrays = eight(arrays) if kv else arrays
     positional, new = split(arrays)
     out, lse = ring_attention(*positional, regions=REGIONS, backend="mosaic_gpu", **new)
     true_out, true_lse = direct(*positional, regions=REGIONS, **new)
@@ -307,6 +368,7 @@ ON_FOUR_DEVICES = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
+from svlm_jax.kernels.ring_attention.int8 import quantize_rows
 from svlm_jax.kernels.ring_attention.mesh import over_mesh
 from svlm_jax.kernels.ring_attention.reference import ring_attention_reference
 from svlm_jax.sharding import make_mesh
@@ -316,7 +378,8 @@ mesh, heads, streams = make_mesh(data=2, tensor=2), ("data", "tensor"), ("data",
 cuts = {"q": ("data", None, None, "tensor"), "k": heads, "v": heads, "valid": streams, "self_k": heads, "self_v": heads, "self_valid": streams}
 
 def local(*arrays, plan, **static):
-    assert arrays[1].shape[:2] == (1, 2) and plan[0].shape[0] == 1, "each device has one of two streams and two of four heads"
+    assert all(a.shape[:2] == (1, 2) for a in jax.tree.leaves(arrays[1]))
+    assert plan[0].shape[0] == 1, "each device has one of two streams and two of four heads"
     return ring_attention_reference(*arrays, **static)
 
 @jax.jit
@@ -332,6 +395,13 @@ found = call(put(arrays))
 assert found[0].sharding.spec == PartitionSpec("data", None, "tensor"), found[0].sharding
 assert "all-gather" not in call.lower(put(arrays)).compile().as_text()
 for ours, theirs in zip(found, ring_attention(*list(arrays.values())[:4], regions=REGIONS, self_k=arrays["self_k"], self_v=arrays["self_v"],
+                                              self_valid=arrays["self_valid"], backend="reference"), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+narrow = arrays | {name: quantize_rows(arrays[name]) for name in ("k", "v")}  # a scale is cut as its rows are
+found = call(put(narrow))
+assert found[0].sharding.spec == PartitionSpec("data", None, "tensor") and "all-gather" not in call.lower(put(narrow)).compile().as_text()
+for ours, theirs in zip(found, ring_attention(*list(narrow.values())[:4], regions=REGIONS, self_k=arrays["self_k"], self_v=arrays["self_v"],
                                               self_valid=arrays["self_valid"], backend="reference"), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 

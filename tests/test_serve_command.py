@@ -35,6 +35,7 @@ FLAGS = """
 --text-sink TOKENS 512
 --text-sliding TOKENS 512
 --positions {contiguous,append} 'contiguous'
+--kv {int8}
 --query TEXT 'Commentate on this match'
 --max-new-tokens N 20
 --temperature T 0.9

@@ -4,11 +4,12 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from svlm_jax.kernels.backends import Backend, choose, names_on
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows
 from svlm_jax.kernels.ring_attention.mesh import over_mesh
 
 Regions = tuple[tuple[int, int], ...]
@@ -16,14 +17,10 @@ Plan = dict[str, tuple[jax.Array, ...]]  # by a backend's name, what that one ma
 log = logging.getLogger(__name__)
 
 
-class Unsupported(NotImplementedError):
-    """A backend's reason for not taking a call; the next one is tried."""
-
-
 def ring_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Rows,
+    v: Rows,
     valid: jax.Array,
     *,
     regions: Regions,
@@ -41,7 +38,7 @@ def ring_attention(
 
     Args:
       q: [B, R, T, N, H] queries, one rotated copy for each of the R regions.
-      k, v: [B, K, S, H] cached keys, as stored, and values; head-major, one layer's.
+      k, v: [B, K, S, H] cached keys, as stored, and values; head-major, one layer's. Both may be `int8.Int8Rows`.
       valid: bool [B, S].
       regions: R static (start, stop) pairs of slots, multiples of 128, in order, covering S.
       self_k, self_v: [B, K, T, H] the new tokens' keys (rotated for the last region) and values; None: cache only.
@@ -59,7 +56,7 @@ def ring_attention(
       Unsupported: `backend` does not take this call; the message says why.
     """
     _check(q, k, v, valid, regions, self_k, self_v, self_valid)
-    call = _choose(q, k, self_k) if backend is None else _BACKENDS[backend].bound(backend)
+    call = choose(log, "ring_attention", _BACKENDS, q, k, self_k) if backend is None else _BACKENDS[backend].call
     with jax.named_scope("ring_attention"):
         return call(q, k, v, valid, self_k, self_v, self_valid, plan or {}, regions=regions, scale=scale)
 
@@ -72,7 +69,7 @@ def prepare(valid: jax.Array, *, regions: Regions) -> Plan:
       regions: as for `ring_attention`.
     """
     with jax.named_scope("ring_plan"):
-        return {name: backend.prepare(valid, regions) for name, backend in _BACKENDS.items() if backend.prepare is not None}
+        return {name: make(valid, regions) for name, make in _PREPARE.items()}
 
 
 def _check(q, k, v, valid, regions, self_k, self_v, self_valid) -> None:
@@ -92,6 +89,8 @@ def _check(q, k, v, valid, regions, self_k, self_v, self_valid) -> None:
     for name, (array, shape) in expected.items():
         if array is None or array.shape != shape:
             raise ValueError(f"{name} has shape {None if array is None else array.shape}, not {shape}")
+    if type(k) is not type(v) and Int8Rows in (type(k), type(v)):
+        raise ValueError(f"keys are {k.dtype} and values are {v.dtype}: both are kept in eight bits, or neither")
     if valid.dtype != jnp.bool_:
         raise ValueError(f"valid is {valid.dtype}, not bool")
 
@@ -105,64 +104,35 @@ def _late(module: str, name: str) -> Callable:
     return call
 
 
-def _reference(*arrays, plan, **static):
-    return _late("reference", "ring_attention_reference")(*arrays, **static)
+def _own_plan(name: str, call: Callable) -> Callable:
+    """A backend's call, which picks what it made of validity bits itself."""
+
+    def bound(q, k, v, valid, self_k, self_v, self_valid, plan, **static):
+        return call(q, k, v, valid, self_k, self_v, self_valid, plan=plan.get(name), **static)
+
+    return bound
 
 
-class _Backend(NamedTuple):
-    platform: str | None  # as `jax.lax.platform_dependent` names it; None: any
-    check: Callable  # raises Unsupported with the reason for which it does not take a call
-    call: Callable  # of the operands and its own plan
-    prepare: Callable | None  # what can be made of `valid` and `regions` alone
-
-    def bound(self, name: str) -> Callable:
-        """`call`, which picks its own plan."""
-
-        def call(q, k, v, valid, self_k, self_v, self_valid, plan, **static):
-            return self.call(q, k, v, valid, self_k, self_v, self_valid, plan=plan.get(name), **static)
-
-        return call
-
-
-def _mosaic(platform: str, module: str) -> _Backend:
+def _mosaic(platform: str, module: str) -> Backend:
     call = functools.partial(over_mesh, _late(module, f"ring_attention_{module}"))
-    return _Backend(platform, _late(module, "check"), call, _late(module, "prepare"))
+    return Backend(platform, _late(module, "check"), _own_plan(module, call))
+
+
+def _reference(q, k, v, valid, self_k, self_v, self_valid, plan, **static):
+    del plan
+    return _late("reference", "ring_attention_reference")(q, k, v, valid, self_k, self_v, self_valid, **static)
 
 
 # In the order in which they are tried
 _BACKENDS = {
     "mosaic_gpu": _mosaic("cuda", "mosaic_gpu"),
     "mosaic_tpu": _mosaic("tpu", "mosaic_tpu"),
-    "reference": _Backend(None, lambda q, k, self_k: None, _reference, None),
+    "reference": Backend(None, lambda q, k, self_k: None, _reference),
 }
+_PREPARE = {name: _late(name, "prepare") for name in ("mosaic_gpu", "mosaic_tpu")}  # what can be made of `valid` and `regions` alone
 BACKENDS = tuple(_BACKENDS)
 
 
 def backends(platform: str) -> tuple[str, ...]:
     """Those that run on a platform, as devices name it: "cpu", "gpu" or "tpu"."""
-    return tuple(name for name, backend in _BACKENDS.items() if backend.platform in (None, {"gpu": "cuda"}.get(platform, platform)))
-
-
-@functools.lru_cache(maxsize=256)
-def _log_once(name: str, reason: str) -> None:
-    log.info("ring_attention: backend %s not taken: %s", name, reason)
-
-
-def _choose(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> Callable:
-    """The first backend that takes the call, for each platform: which one runs is settled when the program is lowered."""
-    chosen: dict[str, Callable] = {}
-    for name, backend in _BACKENDS.items():
-        try:
-            backend.check(q, k, self_k)
-        except Unsupported as reason:
-            _log_once(name, str(reason))
-            continue
-        chosen.setdefault(backend.platform or "default", backend.bound(name))
-    if len(chosen) == 1:
-        return chosen["default"]
-
-    def call(*arrays, **static):
-        branches = {platform: functools.partial(backend, **static) for platform, backend in chosen.items()}
-        return jax.lax.platform_dependent(*arrays, **branches)
-
-    return call
+    return names_on(_BACKENDS, platform)

@@ -14,7 +14,7 @@ STREAMS, HEADS = "data", "tensor"  # the mesh axes that cut streams, and key-val
 
 def over_mesh(call: Callable, q, k, v, valid, self_k=None, self_v=None, self_valid=None, *, plan=None, **static):
     """`call` of a backend, on whatever mesh the operands lie (`jax.jit` notes it with them). An axis that does not divide stays whole."""
-    mesh = jax.typeof(k).sharding.mesh
+    mesh = jax.typeof(jax.tree.leaves(k)[0]).sharding.mesh
     # Axes that are manual already are the caller's
     axes = {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     if all(size == 1 for size in axes.values()):

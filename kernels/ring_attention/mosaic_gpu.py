@@ -5,17 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from svlm_jax.kernels.ring_attention.api import Regions, Unsupported
+from svlm_jax.kernels.backends import Unsupported
+from svlm_jax.kernels.ring_attention.api import Regions
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows, widen
 from svlm_jax.kernels.ring_attention.tiles import HIDDEN, TILE, visited_tiles
 
 MULTIPROCESSORS = 132  # of an H100: one block each
 LOG2_E = math.log2(math.e)
 
 
-def check(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
+def check(q: jax.Array, k: Rows, self_k: jax.Array | None) -> None:
     """Unsupported names the reason."""
-    if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
-        raise Unsupported(f"takes bfloat16, not {q.dtype} queries over {k.dtype} keys")
+    if q.dtype != jnp.bfloat16 or (k.dtype != jnp.bfloat16 and not isinstance(k, Int8Rows)):
+        raise Unsupported(f"takes bfloat16 over bfloat16 or int8, not {q.dtype} queries over {k.dtype} keys")
     if q.shape[-1] not in (64, 128):
         raise Unsupported(f"takes heads of 64 or 128, not {q.shape[-1]}")
     rows = q.shape[2] * q.shape[3] // k.shape[1]
@@ -27,8 +29,8 @@ def check(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
 
 def ring_attention_mosaic_gpu(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Rows,
+    v: Rows,
     valid: jax.Array,
     self_k: jax.Array | None = None,
     self_v: jax.Array | None = None,
@@ -40,7 +42,8 @@ def ring_attention_mosaic_gpu(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.ring_attention`; `plan` is what `prepare` made of the same `valid` and `regions`.
 
-    The chunk is padded to a multiple of 128 rows, which count as keys for nobody.
+    The chunk is padded to a multiple of 128 rows, which count as keys for nobody. It meets keys and values in eight bits as a bfloat16
+    copy of one layer's, at the default windows 31 MB, whose making is 2% of a prefill's floor; a decoding step reads them as they are.
     """
     check(q, k, self_k)
     if q.shape[2] * q.shape[3] // k.shape[1] <= 64 and k.shape[2]:
@@ -50,8 +53,9 @@ def ring_attention_mosaic_gpu(
     assert self_k is not None and self_v is not None and self_valid is not None
     batch, copies, length, heads, head_dim = q.shape
     if not k.shape[2]:  # no cache at all: the kernel is given one tile, which it does not visit
-        k, v = (jnp.zeros((batch, k.shape[1], TILE, head_dim), k.dtype) for _ in range(2))
+        k, v = (jnp.zeros((batch, k.shape[1], TILE, head_dim), q.dtype) for _ in range(2))
         plan = prepare(jnp.zeros((batch, TILE), jnp.bool_), ((0, TILE),) * copies)
+    k, v = widen(k, q.dtype), widen(v, q.dtype)
     pad = -length % (GROUPS * ROWS)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
     self_k, self_v = (jnp.pad(a, ((0, 0), (0, 0), (0, pad), (0, 0))) for a in (self_k, self_v))
@@ -100,10 +104,13 @@ def _few(q, k, v, self_k, self_v, self_valid, plan, *, scale) -> tuple[jax.Array
         splits=max(1, min(MULTIPROCESSORS // (batch * kv_heads), k.shape[2] // TILE)),
         dtype=jnp.dtype(q.dtype),
         scale=scale,
+        eight=isinstance(k, Int8Rows),
     )
     tiles, first, hidden = plan
     padded = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, ROWS - count), (0, 0)))
-    sums, peak, total = decode(shapes, padded, k, v, hidden, tiles, first)
+    scales = (k.scale, v.scale) if isinstance(k, Int8Rows) else ()
+    k, v = (rows.values if isinstance(rows, Int8Rows) else rows for rows in (k, v))
+    sums, peak, total = decode(shapes, padded, k, v, hidden, tiles, first, *scales)
     sums, peak, total = sums[..., :count, :], peak[..., :count], total[..., :count]
     highest, summed, weighed = jnp.max(peak, axis=2), jnp.zeros_like(sums[:, :, 0]), jnp.zeros_like(total[:, :, 0])
     if self_k is not None and self_v is not None and self_valid is not None:

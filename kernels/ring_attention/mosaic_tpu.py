@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.kernels.ring_attention.api import Regions, Unsupported
+from svlm_jax.kernels.backends import Unsupported
+from svlm_jax.kernels.ring_attention.api import Regions
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows
 from svlm_jax.kernels.ring_attention.tiles import TILE
 
 MAX_BLOCK = 2048  # slots
@@ -16,11 +18,11 @@ OWN = 512  # keys of one of the chunk's blocks, at most
 BUFFER_BYTES = 8 << 20  # keys and values on their way, two blocks of each
 
 
-def check(q: jax.Array, k: jax.Array, self_k: jax.Array | None) -> None:
+def check(q: jax.Array, k: Rows, self_k: jax.Array | None) -> None:
     """Unsupported names the reason."""
     del self_k
-    if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise Unsupported(f"takes bfloat16 or float32, not {q.dtype} queries over {k.dtype} keys")
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or (q.dtype != k.dtype and not isinstance(k, Int8Rows)):
+        raise Unsupported(f"takes bfloat16 or float32 over their own kind or int8, not {q.dtype} queries over {k.dtype} keys")
     if q.shape[-1] != 128:
         raise Unsupported(f"takes heads of 128, not {q.shape[-1]}")
 
@@ -71,8 +73,8 @@ def prepare(valid: jax.Array, regions: Regions) -> tuple[jax.Array, ...]:
 
 def ring_attention_mosaic_tpu(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Rows,
+    v: Rows,
     valid: jax.Array,
     self_k: jax.Array | None = None,
     self_v: jax.Array | None = None,
@@ -90,7 +92,11 @@ def ring_attention_mosaic_tpu(
     kv_heads, group, count = k.shape[1], heads // k.shape[1], length * heads // k.shape[1]
     order, visited, held = prepare(valid, regions) if plan is None else plan
     block, starts, owners, _ = cache_blocks(regions)
+    scales: tuple[jax.Array, ...] = ()
+    if isinstance(k, Int8Rows) and isinstance(v, Int8Rows):
+        k, v, scales = k.values, v.values, (k.scale, v.scale)
     if not k.shape[2]:
+        scales = tuple(jnp.zeros((batch, kv_heads, block), jnp.float32) for _ in scales)
         k, v = (jnp.zeros((batch, kv_heads, block, head_dim), k.dtype) for _ in range(2))
     row_tiles = -(-count // ROWS)
     rows = _up(-(-count // row_tiles), 16 if row_tiles == 1 else 128)
@@ -121,10 +127,11 @@ def ring_attention_mosaic_tpu(
         own=own,
         dtype=jnp.dtype(q.dtype),
         scale=head_dim**-0.5 if scale is None else scale,
+        eight=bool(scales),
     )
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, row_tiles * rows - count), (0, 0)))
     steps = (order, visited, jnp.asarray(starts), jnp.asarray(owners), held)
-    out, lse = attention(shapes, steps, queries, k, v, *fresh)
+    out, lse = attention(shapes, steps, queries, k, v, scales, *fresh)
 
     def back(a: jax.Array) -> jax.Array:
         """[B, K, (t, g), ...] as [B, T, N, ...]."""

@@ -38,10 +38,12 @@ class Shapes:
     own: int  # keys of such a block
     dtype: jnp.dtype
     scale: float
+    eight: bool  # the cache's keys and values are int8, with scales
 
 
 def _attention(shapes: Shapes, order_ref, count_ref, start_ref, region_ref, q_ref, k_ref, v_ref, held_ref, *rest):
     del start_ref, region_ref  # read where blocks are fetched
+    (k_scale_ref, v_scale_ref), rest = (rest[:2], rest[2:]) if shapes.eight else ((None, None), rest)
     (self_k_ref, self_v_ref, self_held_ref), rest = (rest[:3], rest[3:]) if shapes.own_blocks else ((None,) * 3, rest)
     out_ref, lse_ref, peak_ref, total_ref, sums_ref = rest
     batch, row_tile, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
@@ -53,15 +55,17 @@ def _attention(shapes: Shapes, order_ref, count_ref, start_ref, region_ref, q_re
         total_ref[...] = jnp.zeros_like(total_ref)
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    def meet(head: int, keys, values, counts):
-        """One block of keys and values [s, H] of a head, those that count [1 or rows, s]."""
+    def meet(head: int, keys, values, counts, k_scale=None, v_scale=None):
+        """One block of keys and values [s, H] of a head, those that count [1 or rows, s], and scales of the slots [1, s] if they have some."""
         scores = lax.dot_general(q_ref[0, 0, head], keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        scores = jnp.where(counts, scores * shapes.scale, HIDDEN)
+        scores *= shapes.scale if k_scale is None else k_scale * shapes.scale
+        scores = jnp.where(counts, scores, HIDDEN)
         peak = peak_ref[head][:, :1]
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1, keepdims=True))
         decay, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
         peak_ref[head] = jnp.broadcast_to(new_peak, peak_ref.shape[1:])
         total_ref[head] = total_ref[head] * decay + jnp.sum(weights, axis=1, keepdims=True)
+        weights = weights if v_scale is None else weights * v_scale
         met = jnp.dot(weights.astype(shapes.dtype), values, precision=precision, preferred_element_type=jnp.float32)
         sums_ref[head] = sums_ref[head] * decay + met
 
@@ -69,7 +73,8 @@ def _attention(shapes: Shapes, order_ref, count_ref, start_ref, region_ref, q_re
     def _():
         counts, block = held_ref[0, 0] > 0, (shapes.block, shapes.head_dim)
         for head in range(shapes.heads):
-            meet(head, k_ref[0, head].reshape(block), v_ref[0, head].reshape(block), counts)
+            keys, values = (ref[0, head].reshape(block).astype(shapes.dtype) for ref in (k_ref, v_ref))
+            meet(head, keys, values, counts, *(_row(ref[0, head], shapes) for ref in (k_scale_ref, v_scale_ref) if ref is not None))
 
     if self_k_ref is not None and self_v_ref is not None and self_held_ref is not None:
         first = (step - shapes.blocks) * shapes.own
@@ -92,14 +97,20 @@ def _attention(shapes: Shapes, order_ref, count_ref, start_ref, region_ref, q_re
             lse_ref[0, head] = jnp.swapaxes(lse, 0, 1)[:1]
 
 
+def _row(scale, shapes: Shapes):
+    """Scales [tiles, 1, TILE] of a block as one row."""
+    return jnp.concatenate([scale[tile] for tile in range(shapes.block // TILE)], axis=1)
+
+
 @functools.partial(jax.jit, static_argnames="shapes")
-def attention(shapes: Shapes, plan, q, k, v, *own) -> tuple[jax.Array, jax.Array]:
+def attention(shapes: Shapes, plan, q, k, v, scales, *own) -> tuple[jax.Array, jax.Array]:
     """Launches the kernel.
 
     Args:
       plan: order [B, blocks], count [B], start [blocks] (in tiles), region [blocks], held [B, blocks, 1, block].
       q: [B, R, K, row_tiles * rows, H].
       k, v: [B, K, S, H].
+      scales: those of keys and of values, float32 [B, K, S]; or nothing.
       own: self_k and self_v [B, K, own_blocks * own, H], self_held float32 [B, 1, own_blocks * own]; or nothing.
 
     Returns:
@@ -134,12 +145,15 @@ def attention(shapes: Shapes, plan, q, k, v, *own) -> tuple[jax.Array, jax.Array
         pl.BlockSpec(cached, cache_index),
         pl.BlockSpec((1, 1, 1, s.block), held_index),
     ]
+    scales = tuple(a.reshape(s.batch, s.kv_heads, -1, 1, TILE) for a in scales)
+    tiles = tuple(pl.Element(n) for n in (1, s.heads, s.block // TILE, 1, TILE))
+    in_specs += [pl.BlockSpec(tiles, cache_index) for _ in scales]
     if own:
         fresh = pl.BlockSpec((1, s.heads, s.own, s.head_dim), lambda b, g, i, j, *_: (b, g, own_block(i, j), 0))
         in_specs += [fresh, fresh, pl.BlockSpec((1, 1, s.own), lambda b, g, i, j, *_: (b, 0, own_block(i, j)))]
     rows = s.row_tiles * s.rows
     keys = s.blocks * s.block + s.own_blocks * s.own
-    operands = (q, k, v, held, *own)
+    operands = (q, k, v, held, *scales, *own)
     out, lse = pl.pallas_call(
         functools.partial(_attention, s),
         name="ring_attention",

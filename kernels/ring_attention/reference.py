@@ -7,19 +7,25 @@ import jax
 import jax.numpy as jnp
 
 from svlm_jax.kernels.ring_attention.api import Regions
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows
 
 SCORE_BYTES = 512 << 20  # one tile's float32 scores stay under this
 
 
-def _merge(parts: list[jax.Array], values: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _weighted(weights: jax.Array, values: Rows, dtype) -> jax.Array:
+    """The float32 sum of values [B, K, s, H] with weights [B, K, G, T, s]; numbers of eight bits are multiplied as `dtype`."""
+    if isinstance(values, Int8Rows):
+        weights, values = weights * values.scale[:, :, None, None], values.values.astype(dtype)
+    return jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+
+def _merge(parts: list[jax.Array], values: list[Rows], dtype) -> tuple[jax.Array, jax.Array]:
     """Softmax over the concatenation of score parts [B, K, G, T, s], without concatenating the values [B, K, s, H]."""
     peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in parts])
     safe = jnp.where(jnp.isfinite(peak), peak, 0.0)[..., None]
     weights = [jnp.exp(s - safe) for s in parts]
     total = sum(jnp.sum(w, axis=-1) for w in weights)
-    out = sum(
-        jnp.einsum("bkgts,bksh->bkgth", w.astype(v.dtype), v, preferred_element_type=jnp.float32) for w, v in zip(weights, values, strict=True)
-    )
+    out = sum(_weighted(w, v, dtype) for w, v in zip(weights, values, strict=True))
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + safe[..., 0])
     return out, lse
@@ -32,6 +38,9 @@ def _tile(q, rows, k, v, valid, regions, self_k, self_v, self_valid, scale):
     grouped = q.reshape(batch, copies, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 3, 1, 4, 2, 5)  # [B, K, R, G, t, H]
 
     def scores(query, keys):
+        if isinstance(keys, Int8Rows):
+            met = jnp.einsum("bkgth,bksh->bkgts", query, keys.values.astype(query.dtype), preferred_element_type=jnp.float32)
+            return met * (keys.scale[:, :, None, None] * scale)
         return jnp.einsum("bkgth,bksh->bkgts", query, keys, preferred_element_type=jnp.float32) * scale
 
     parts, values = [], []
@@ -48,23 +57,23 @@ def _tile(q, rows, k, v, valid, regions, self_k, self_v, self_valid, scale):
         for r, (start, stop) in enumerate(regions):
             if start == stop:
                 continue
-            cached = scores(grouped[:, :, r], k[:, :, start:stop])
-            parts.append(jnp.where(valid[:, None, None, None, start:stop], cached, -jnp.inf))
-            values.append(v[:, :, start:stop])
+            region_k, region_v = jax.tree.map(lambda a, start=start, stop=stop: a[:, :, start:stop], (k, v))
+            parts.append(jnp.where(valid[:, None, None, None, start:stop], scores(grouped[:, :, r], region_k), -jnp.inf))
+            values.append(region_v)
     if self_k is not None:
         row = jnp.arange(length)[:, None] + rows
         mask = (row >= jnp.arange(self_k.shape[2])) & self_valid[:, None]
         parts.append(jnp.where(mask[:, None, None], scores(grouped[:, :, -1], self_k), -jnp.inf))
         values.append(self_v)
-    out, lse = _merge(parts, values)
+    out, lse = _merge(parts, values, q.dtype)
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
     return out, lse.transpose(0, 3, 1, 2).reshape(batch, length, heads)
 
 
 def ring_attention_reference(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Rows,
+    v: Rows,
     valid: jax.Array,
     self_k: jax.Array | None = None,
     self_v: jax.Array | None = None,

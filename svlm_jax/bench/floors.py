@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.config import TextConfig, VisionConfig
 from svlm_jax.streaming.layout import StreamSpec
+from svlm_jax.streaming.state import slot_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ def floors(spec: StreamSpec, ceilings: Ceilings, *, streams: int, cached_tokens:
 
     Args:
       cached_tokens: valid slots of one stream at the end of a round.
-      dtype: of the weights, and of keys and values.
+      dtype: of the weights, and of keys and values that are not kept in eight bits.
       weight_dtype: of the decoder's products and the head, where they are kept in another.
     """
     work = {
@@ -78,7 +79,7 @@ def decode_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any
 def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any, weight_dtype: Any) -> Work:
     t = spec.model.text
     layers, head_dim = t.num_hidden_layers, t.head_dim or 0
-    cache = streams * past * 2 * layers * t.num_key_value_heads * head_dim * jnp.dtype(dtype).itemsize
+    cache = streams * past * slot_bytes(spec, dtype)
     products = 2 * (rows * layers * layer_parameters(t) + t.vocab_size * t.hidden_size)
     attention = 4 * t.num_attention_heads * head_dim * layers * rows * (past + rows / 2)
     weights = (layers * layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(weight_dtype or dtype).itemsize

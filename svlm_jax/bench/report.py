@@ -65,9 +65,10 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._hear)
 
 
-def device_bytes() -> int:
-    """In use on the default device; where it does not say (CPU), the bytes of all live arrays."""
-    gc.collect()
+def device_bytes(*, collect: bool = True) -> int:
+    """In use on the default device; where it does not say (CPU), the bytes of all live arrays. `collect`: what is garbage is let go before."""
+    if collect:
+        gc.collect()
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_in_use" in stats:
         return int(stats["bytes_in_use"])
@@ -96,6 +97,7 @@ def table(result: dict[str, Any]) -> str:
     r, floors = result, result["floor_ms"]
     lines = [
         f"{r['model']} {r['weights']} on {r['device']}: {r['mode']}, {r['positions']}, {r['fps']:g} fps, {r['width']}x{r['height']}, "
+        f"keys and values in {r['kv']}, "
         f"{r['streams']} stream{'s' * (r['streams'] > 1)}, {r['tokens_per_round']:g} tokens a round, {r['cached_tokens']:,.0f} cached",
         f"ceilings: copy {r['ceilings']['copy_tbps']:.3g} TB/s, matrix product {r['ceilings']['matmul_tflops']:.3g} TFLOP/s",
         f"{'':<16}{'p50 ms':>11}{'p99 ms':>11}{'floor ms':>11}{'of floor':>10}",

@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import gc
 import itertools
 import queue
 import sys
@@ -29,7 +30,7 @@ import numpy as np
 from flax import nnx
 
 from svlm_jax import demo
-from svlm_jax.bench import profile
+from svlm_jax.bench import profile, timeline
 from svlm_jax.bench.ceilings import Ceilings, measure
 from svlm_jax.bench.floors import floors
 from svlm_jax.bench.report import Compilations, Log, device_bytes, host_bytes, percentiles, surroundings, table, write_json
@@ -73,6 +74,8 @@ class Load:
     text_window: int = 16
     text_sink: int = 512
     text_sliding: int = 512
+    kv: str | None = None
+    capacity_rounds: int = 0  # that mode "full" has room for; 0: all of them
     profile_rounds: int = 8
     keep_profile: str | None = None  # a folder
     pipelined_rounds: int = 20
@@ -83,7 +86,8 @@ class Load:
 
     def stream_config(self, tokenizer: Tokenizer) -> StreamConfig:
         total = self.warmup_rounds + self.rounds + self.pipelined_rounds + self.profile_rounds
-        same = ("vision_window", "text_window", "text_sink", "text_sliding", "chunk_seconds", "fps", "mode", "positions")
+        room = self.capacity_rounds or total
+        same = ("vision_window", "text_window", "text_sink", "text_sliding", "chunk_seconds", "fps", "mode", "positions", "kv")
         return StreamConfig(
             **{name: getattr(self, name) for name in same},
             max_new_tokens=self.tokens,
@@ -91,7 +95,7 @@ class Load:
             query="",  # one program for all rounds
             question_capacity=0,
             previous_text=filler(tokenizer, self.text_sink + self.text_sliding - 1),
-            capacity_rounds=max(2, total),
+            capacity_rounds=max(2, room),
         )
 
 
@@ -290,6 +294,23 @@ def program_labels(engine: Engine, viewer: Viewer) -> dict[str, dict[str, profil
 
 def run_load(model: Model, load: Load, ceilings: Ceilings, log: Log, *, path: str) -> dict[str, Any]:
     """One run, as the object that the JSON file holds."""
+    with watching(model, load, path) as viewer, Compilations() as compilations:
+        return _run(model, load, ceilings, log, viewer.engine, viewer, compilations)
+
+
+def over_time(model: Model, load: Load, log: Log, *, path: str) -> dict[str, Any]:
+    """One run from its first round on. Nothing of it is left on the device for the next one."""
+    with watching(model, load, path) as viewer:
+        line = timeline.watch(viewer, load.rounds, log)
+        viewer.engine.state = None  # type: ignore[assignment]
+    del viewer
+    gc.collect()
+    return timeline.record(model, load, line)
+
+
+@contextlib.contextmanager
+def watching(model: Model, load: Load, path: str) -> Iterator[Viewer]:
+    """An engine and its videos, before the first round."""
     stream = load.stream_config(model.tokenizer)
     spec = make_spec(model.config, stream, model.tokenizer, height=load.height, width=load.width)
     with contextlib.ExitStack() as stack:
@@ -297,7 +318,7 @@ def run_load(model: Model, load: Load, ceilings: Ceilings, log: Log, *, path: st
         stack.callback(engine.stop)
         viewer = Viewer(engine, load, path)
         stack.callback(viewer.close)
-        return _run(model, load, ceilings, log, engine, viewer, stack.enter_context(Compilations()))
+        yield viewer
 
 
 def _run(
@@ -360,6 +381,7 @@ def _run(
         **surroundings(),
         "model": model.name,
         "weights": model.weights,
+        "kv": load.kv or jnp.dtype(dtype).name,
         **{name: settings[name] for name in ("mode", "positions", "fps", "chunk_seconds", "height", "width", "streams", "rounds")},
         **{name: settings[name] for name in ("vision_window", "text_window", "text_sink", "text_sliding")},
         "tokens_per_round": float(np.median(said)),
@@ -438,7 +460,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Load()
     parser.add_argument("--model", default="tiny", metavar="{tiny,3b,7b,DIR}", help="random weights of a size, or a checkpoint's directory")
     parser.add_argument("--weights", default="bf16", choices=list(WEIGHTS))
-    parser.add_argument("--mode", nargs="+", default=[default.mode], choices=["streaming", "full", "windows", "recompute"])
+    modes = f"(default: {default.mode}; with --plot all of them)"
+    parser.add_argument("--mode", nargs="+", choices=timeline.MODES, metavar="MODE", help=f"{', '.join(timeline.MODES)} {modes}")
     parser.add_argument("--positions", nargs="+", default=[default.positions], choices=["contiguous", "append"])
     parser.add_argument("--fps", nargs="+", type=float, default=[default.fps], help="frames a second that the model sees")
     parser.add_argument("--streams", nargs="+", type=int, default=[default.streams], help="streams in one batch")
@@ -451,22 +474,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-window", type=int, default=default.text_window, help="rounds")
     parser.add_argument("--text-sink", type=int, default=default.text_sink, help="tokens")
     parser.add_argument("--text-sliding", type=int, default=default.text_sliding, help="tokens")
+    parser.add_argument("--kv", choices=["int8"], help="keep keys and values in 8 bits (default: in the type of the computation)")
     parser.add_argument("--profile-rounds", type=int, default=default.profile_rounds, help="rounds under the device profiler; 0: no stages")
     parser.add_argument("--keep-profile", metavar="DIR", help="keep the profiler's files, for XProf or Perfetto")
     parser.add_argument("--pipelined-rounds", type=int, default=default.pipelined_rounds, help="rounds enqueued ahead; 0: none")
     parser.add_argument("--video", metavar="FILE", help="watch this file over and over instead of a drawn clip")
+    plot = (
+        "draw a token's and a round's time and memory over stream time instead, a line a mode, from the first round on (needs matplotlib)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help=plot)
+    parser.add_argument("--record", metavar="JSON", help="with --plot: draw what an earlier run wrote with --json, and measure nothing")
     parser.add_argument("--json", metavar="FILE", help="write the results: an object, or a list of several")
 
 
 def _loads(args: argparse.Namespace) -> Iterator[Load]:
-    several = ("mode", "positions", "fps", "streams")
-    fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Load) if f.name not in several}
-    for values in itertools.product(*(getattr(args, name) for name in several)):
-        yield Load(**fixed, **dict(zip(several, values, strict=True)))
+    several = {
+        "mode": args.mode or (timeline.MODES if args.plot else [Load.mode]),
+        **{name: getattr(args, name) for name in ("positions", "fps", "streams")},
+    }
+    fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Load) if f.name not in (*several, "capacity_rounds")}
+    for values in itertools.product(*several.values()):
+        load = Load(**fixed, **dict(zip(several, values, strict=True)))
+        yield dataclasses.replace(load, capacity_rounds=min(timeline.FIRST_CAPACITY, load.rounds)) if args.plot else load
 
 
 def run(args: argparse.Namespace) -> int:
     """Every combination of the flags: the results into the JSON file as they come, the tables to the standard output at the end."""
+    if args.record:
+        return _draw_again(args)
     loads = list(_loads(args))
     for load in loads:
         for name, least in (("rounds", 1), ("tokens", 1), ("streams", 1), ("profile_rounds", 0), ("pipelined_rounds", 0)):
@@ -478,8 +513,11 @@ def run(args: argparse.Namespace) -> int:
     def log(message: str) -> None:
         print(f"[{time.perf_counter() - start:7.1f} s] {message}", file=sys.stderr, flush=True)
 
-    ceilings = measure()
-    log(f"ceilings: copy {ceilings.copy_tbps:.3g} TB/s, matrix product {ceilings.matmul_tflops:.4g} TFLOP/s")
+    if args.plot and not args.json:
+        timeline.check_drawing()
+    ceilings = None if args.plot else measure()
+    if ceilings:
+        log(f"ceilings: copy {ceilings.copy_tbps:.3g} TB/s, matrix product {ceilings.matmul_tflops:.4g} TFLOP/s")
     model = load_model(args.model, args.weights, log)
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
@@ -490,10 +528,29 @@ def run(args: argparse.Namespace) -> int:
         for load in loads:
             if len(loads) > 1:
                 log(f"run {len(results) + 1} of {len(loads)}: {load.mode}, {load.positions}, {load.fps:g} fps, {load.streams} streams")
-            results.append(run_load(model, load, ceilings, log, path=path))
+            results.append(run_load(model, load, ceilings, log, path=path) if ceilings else over_time(model, load, log, path=path))
             if args.json:
                 write_json(args.json, results)
-    print("\n\n".join(table(result) for result in results))
+    if args.plot:
+        try:
+            timeline.plot(results, Path(args.plot))
+        except UserError as error:
+            if not args.json:
+                raise
+            log(f"no picture, but {args.json} has what it shows: {error}")
+        print(timeline.table(results))
+    else:
+        print("\n\n".join(table(result) for result in results))
+    return 0
+
+
+def _draw_again(args: argparse.Namespace) -> int:
+    """The picture of an earlier record."""
+    if not args.plot:
+        raise UserError("--record needs --plot, the picture that is drawn of it")
+    records = timeline.read(Path(args.record))
+    timeline.plot(records, Path(args.plot))
+    print(timeline.table(records))
     return 0
 
 

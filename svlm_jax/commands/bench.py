@@ -6,14 +6,15 @@ import importlib
 STREAM = """\
 Measures rounds in steady state, end to end and stage by stage, beside the least time that the device's own speed allows.
 Example: svlm bench stream --model 7b --weights bf16 --rounds 100 --json bench.json
+Latency and memory over stream time in all four modes: svlm bench stream --model 7b --rounds 600 --plot figure.png --json figure.json
 A soak of the whole loop on any machine: svlm bench stream --model tiny --height 112 --width 112 --rounds 20000
 """
 KERNELS = """\
-Measures ring attention, each backend of this machine, and cuDNN where there is one: correct first, then time, as rates and as the share
-of the least time that the device's own speed allows.
-Example: svlm bench kernels --slots 15360 65536 --tokens 1 768 --json kernels.json
+Measures ring attention, each backend of this machine, and cuDNN where there is one, and products with weights in 8 bits beside XLA's:
+correct first, then time, as rates and as the share of the least time that the device's own speed allows.
+Example: svlm bench kernels --slots 15360 65536 --tokens 1 768 --kv off int8 --rows 1 8 --json kernels.json
 """
-SUBJECTS = {"stream": ("the streaming loop", STREAM), "kernels": ("the attention kernels", KERNELS)}
+SUBJECTS = {"stream": ("the streaming loop", STREAM), "kernels": ("the kernels", KERNELS)}
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:

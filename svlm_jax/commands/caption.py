@@ -119,6 +119,7 @@ def _describe(commentary: "Commentary") -> str:
     seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {len(spec.clip_tokens) - 2} tokens a round"
     kind = commentary.checkpoint.quantization.kind if commentary.checkpoint and commentary.checkpoint.quantization else None
     precision = f"{commentary.dtype} with {kind} weights" if kind else f"{commentary.dtype}"
+    precision += f", keys and values in {s.kv}" if s.kv else ""
     where = f"{spec.model.name} in {precision} on {jax.devices()[0].device_kind}"
     return f"{Path(commentary.source).name}: {seen}; {s.mode}, {memory}; {where}"
 

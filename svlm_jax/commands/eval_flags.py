@@ -19,6 +19,7 @@ STREAM_FLAGS = {  # flag -> (field of StreamConfig, type, help)
     "--max-new-tokens": ("max_new_tokens", int, "tokens a round, at most"),
     "--mode": ("mode", str, "streaming, full, windows or recompute"),
     "--positions": ("positions", str, "contiguous or append"),
+    "--kv": ("kv", str, "int8: keys and values in 8 bits"),
     "--temperature": ("temperature", _number, "of sampling"),
     "--repetition-penalty": ("repetition_penalty", _number, "above 1, what is remembered is less likely"),
     "--query": ("query", str, "what is asked for"),

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = "streaming: constant memory, for ever; full: forgets nothing; windows: starts anew every window; recompute: runs its window anew"
     _add(remember, "--mode", "mode", how, choices=("streaming", "full", "windows", "recompute"))
     _add_positions(remember)
+    _add_kv(remember)
     room = "rounds that --mode full has room for (default: those of the video)"
     remember.add_argument("--capacity-rounds", metavar="ROUNDS", type=int, default=argparse.SUPPRESS, help=room)
 
@@ -53,6 +54,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     remember = parser.add_argument_group("remembering")
     _add_windows(remember, count=int)
     _add_positions(remember)
+    _add_kv(remember)
     say = parser.add_argument_group("saying")
     _add_query(say)
     _add_sampling(say)
@@ -94,6 +96,10 @@ def _add_windows(remember: Any, count: Callable[[str], Any] | None = None) -> No
 
 def _add_positions(remember: Any) -> None:
     _add(remember, "--positions", "positions", "of what is left when older rounds leave", choices=("contiguous", "append"))
+
+
+def _add_kv(remember: Any) -> None:
+    _add(remember, "--kv", "kv", "keep keys and values in 8 bits, a scale for each token and head", choices=("int8",))
 
 
 def _add_query(say: Any) -> None:

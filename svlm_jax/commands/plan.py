@@ -12,7 +12,7 @@ Example: svlm plan stage1_7b_v5e_256 --topology v5e:16x16 remat=full
 """
 
 
-VALUED = ("--topology", "--mesh", "--json", "--streams")
+VALUED = ("--topology", "--mesh", "--json", "--streams", "--kv")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write what was found as an object")
     parser.add_argument("--serve", action="store_true", help="the programs of a stream (ingest, decode) instead of a training step")
     parser.add_argument("--streams", metavar="N", type=int, default=1, help="with --serve: streams at once (default: 1)")
+    parser.add_argument("--kv", choices=("int8",), help="with --serve: keys and values in 8 bits")
     parse = parser.parse_known_args
     parser.parse_known_args = lambda args=None, namespace=None: parse(_flags_first(args), namespace)  # type: ignore[method-assign]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from svlm_jax.errors import UserError
+from svlm_jax.kernels.products.api import product as eight_bit_product
 from svlm_jax.types import Array, Params
 
 KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}  # the type, and the largest number that is used of it
@@ -89,8 +90,18 @@ def product(spec: str, x: Array, weight: Any, out_dtype: Any = None) -> Array:
     """
     if not isinstance(weight, Quantized):
         return jnp.einsum(spec, x, weight, preferred_element_type=out_dtype)
-    out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (out * weight.scale).astype(out_dtype or x.dtype)
+    if _is_plain(spec):
+        out = eight_bit_product(x, weight.values, weight.scale)
+    else:
+        out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32) * weight.scale
+    return out.astype(out_dtype or x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_plain(spec: str) -> bool:
+    """Whether x's last axis meets the weight's first one, and no other axis changes its place."""
+    x, weight, out = spec.replace("->", ",").split(",")
+    return x[-1] == weight[0] and out == x[:-1] + weight[1:]
 
 
 def rows(embedding: Any, index: Array, dtype: Any) -> Array:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from svlm_jax.bench.report import write_json
 from svlm_jax.commands import UsageError
+from svlm_jax.config import StreamConfig
 from svlm_jax.configs.models import MODELS
 from svlm_jax.configs.recipes import TOPOLOGIES
 from svlm_jax.planning import report, serving
@@ -32,13 +33,17 @@ def run(args: argparse.Namespace) -> int:
         if args.overrides and args.config in MODELS:
             raise UsageError(f"{args.overrides[0]}: settings are those of a preset, and {args.config} is a model")
         model = MODELS[args.config]() if args.config in MODELS else model_of(resolve(args.config, args.overrides))
-        served = serving.plan_serving(model, topology, mesh or MeshConfig(fsdp=1, tensor=-1), streams=args.streams)
+        served = serving.plan_serving(
+            model, topology, mesh or MeshConfig(fsdp=1, tensor=-1), streams=args.streams, config=StreamConfig(kv=args.kv)
+        )
         print(serving.table(served))
         if args.json:
             write_json(Path(args.json), [serving.as_object(served, command)])
         return 0 if served.fits else 1
     if args.streams != 1:
         raise UsageError("--streams goes with --serve")
+    if args.kv:
+        raise UsageError("--kv goes with --serve")
     config = resolve(args.config, args.overrides)
     planned = plan_training(dataclasses.replace(config, mesh=mesh) if mesh else config, topology)
     print(report.table(planned, args.config))
@@ -49,4 +54,5 @@ def run(args: argparse.Namespace) -> int:
 
 def _flags(args: argparse.Namespace) -> list[str]:
     flags = [f"--{name}={getattr(args, name)}" for name in ("topology", "mesh") if getattr(args, name)]
-    return flags + (["--serve", f"--streams={args.streams}"] if args.serve else [])
+    kv = [f"--kv={args.kv}"] if args.kv else []
+    return flags + (["--serve", f"--streams={args.streams}", *kv] if args.serve else [])

@@ -108,9 +108,9 @@ class Served:
         return all(each.memory is not None and each.needed <= each.available for each in self.programs)
 
 
-def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, streams: int) -> Served:
-    """Compiles what a round runs: `ingest` and `decode`, in bfloat16, of 720p video at the defaults."""
-    spec = stream_spec(model, StreamConfig())
+def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, streams: int, config: StreamConfig | None = None) -> Served:
+    """Compiles what a round runs: `ingest` and `decode`, in bfloat16, of 720p video; at the defaults if there is no `config`."""
+    spec = stream_spec(model, config or StreamConfig())
     devices = compiling.devices(topology)
     mesh = make_mesh(**axes.sizes(len(devices)), devices=devices)
     chips = mesh.size
@@ -138,7 +138,7 @@ def table(served: Served) -> str:
     s = served.spec
     axes = " ".join(f"{axis} {served.mesh.shape[axis]}" for axis in MESH_AXES if served.mesh.shape[axis] > 1) or "one chip"
     lines = [
-        f"{s.model.name} on {served.topology}: {axes}, bfloat16",
+        f"{s.model.name} on {served.topology}: {axes}, bfloat16{', keys and values in ' + s.stream.kv if s.stream.kv else ''}",
         f"  {served.streams} stream{'s' * (served.streams > 1)} of {s.width}x{s.height} at {s.stream.fps:g} fps, {s.cache.slots:,} slots each",
     ]
     for each in served.programs:
@@ -153,7 +153,7 @@ def table(served: Served) -> str:
         lines.append(verdict(each.memory is not None and each.needed <= each.available, each.needed, each.available))
         lines += sent_lines(each.sent) if each.memory else []
     if not served.fits:
-        lines.append("  change: more chips along --mesh tensor=-1, fewer --streams, or weights of 8 bits")
+        lines.append("  change: more chips along --mesh tensor=-1, fewer --streams, --kv int8, or weights of 8 bits")
     lines += ["", f"  least milliseconds, all slots filled, at the rates of {served.topology.chip.source}"]
     lines += [f"  {name:<28}{value:>9.2f}" for name, value in served.floor_ms.items()]
     return "\n".join(lines)

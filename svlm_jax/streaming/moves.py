@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows, quantize_rows, stored_as, widen
 from svlm_jax.model.rope import Rotation, rotate, shift_rotation
 from svlm_jax.streaming.layout import CacheLayout, Field
 from svlm_jax.streaming.plan import Block, Leaving, Plan, Words
 from svlm_jax.streaming.state import StreamState
-from svlm_jax.types import Array, Bool, Int
+from svlm_jax.types import Array, Bool, Int, Slot
 
 
 def clear(valid: Bool[Array, "B S"], runs: Sequence[Leaving]) -> Bool[Array, "B S"]:
@@ -55,7 +56,8 @@ def _words(state: StreamState, plan: Plan) -> Words:
     delta = new - old
     if spec.stream.positions == "append":
         delta = jnp.zeros_like(delta)
-    return Words(source, into_sink, into_ring, delta, (count - cut) * unit, cut * unit)
+    growth = (count - cut) * unit
+    return Words(source, into_sink, into_ring, delta, closing[:, 0] + growth, growth, cut * unit)
 
 
 def _windows(cache: CacheLayout, before: Int[Array, ""], size: int) -> list[tuple[Int[Array, ""], int, bool]]:
@@ -73,17 +75,21 @@ def _windows(cache: CacheLayout, before: Int[Array, ""], size: int) -> list[tupl
     return runs
 
 
-def _word_blocks(cache: CacheLayout, x: Array, said: Array, words: Words, before: Int[Array, "B"]) -> list[Block]:
+def _word_blocks(cache: CacheLayout, x: Rows, said: Rows, words: Words, before: Int[Array, "B"]) -> list[Block]:
     """The runs of previous text that change, stream by stream: `said` [B, K, M-1, H], the turn's words as they will be kept, put in."""
     blocks = []
     for b in range(x.shape[0]):
         for first, run, in_ring in _windows(cache, before[b], said.shape[2]):
             places = words.ring[b] if in_ring else words.sink[b]
             take = jax.lax.dynamic_slice_in_dim(places, first, run)
-            at = (b, 0, first + (cache.words_start if in_ring else cache.header), 0)
-            old = jax.lax.dynamic_slice(x, at, (1, x.shape[1], run, x.shape[3]))
-            new = jnp.take(said[b : b + 1], jnp.maximum(take, 0), axis=2)
-            blocks.append(Block(jnp.where((take >= 0)[:, None], new, old), at))
+            at = (b, 0, first + (cache.words_start if in_ring else cache.header))
+
+            def joined(x: Array, said: Array, b=b, take=take, at=at) -> Array:
+                old = jax.lax.dynamic_slice(x, _padded(at, x), (1, x.shape[1], take.shape[0], *x.shape[3:]))
+                new = jnp.take(said[b : b + 1], jnp.maximum(take, 0), axis=2)
+                return jnp.where((take >= 0).reshape(-1, *(1,) * (x.ndim - 3)), new, old)
+
+            blocks.append(Block(jax.tree.map(joined, x, said), at))
     return blocks
 
 
@@ -101,10 +107,20 @@ def _read_first(x: Any, read: Callable[[Any], Any], go: Bool[Array, ""]) -> tupl
     return jax.lax.platform_dependent(x, cpu=branch, default=lambda x: jax.lax.optimization_barrier((x, read(x))))
 
 
-def _put(x: Array, blocks: Sequence[Block]) -> Array:
+def _padded(at: tuple[Array | int, ...], x: Array) -> tuple[Array | int, ...]:
+    return (*at, *(0,) * (x.ndim - len(at)))
+
+
+def _put(x: Any, blocks: Sequence[Block]) -> Any:
     for rows, at in blocks:
-        x = jax.lax.dynamic_update_slice(x, rows, at)
+        x = jax.tree.map(lambda leaf, new, at=at: jax.lax.dynamic_update_slice(leaf, new, _padded(at, leaf)), x, rows)
     return x
+
+
+def _corner(x: Rows) -> Array:
+    """One float of a buffer."""
+    last = jax.tree.leaves(x)[-1]
+    return last[(0,) * last.ndim]
 
 
 def relocate(state: StreamState, make_plan: Callable[[StreamState], Plan]) -> StreamState:
@@ -144,7 +160,12 @@ def relocate(state: StreamState, make_plan: Callable[[StreamState], Plan]) -> St
     )
 
 
-def _moved_buffers(state: StreamState, plan: Plan, words: Words, closing: slice, go: Bool[Array, ""]) -> dict[str, tuple[Array, ...]]:
+def _turned(rows: Rows, turn: Rotation) -> Rows:
+    """Keys rotated further. In eight bits each is rounded once more, which happens to a key as often as it changes its place: three times at most."""
+    return quantize_rows(rotate(widen(rows, jnp.float32), turn)) if isinstance(rows, Int8Rows) else rotate(rows, turn)
+
+
+def _moved_buffers(state: StreamState, plan: Plan, words: Words, closing: slice, go: Bool[Array, ""]) -> dict[str, tuple[Rows, ...]]:
     """Keys and values with all that changes its place or its coordinate."""
     spec, cache, t = state.spec, state.spec.cache, state.spec.model.text
     size = words.delta.shape[1]
@@ -156,20 +177,27 @@ def _moved_buffers(state: StreamState, plan: Plan, words: Words, closing: slice,
         turn = shift_rotation(delta, head_dim=t.head_dim or 0, theta=t.rope_theta, denominator=spec.unit)
         return Rotation(*(a.reshape(a.shape[0], 1, -1, a.shape[-1]) for a in turn))
 
-    word_turn, closing_turn = turning(words.delta), turning(words.growth)
+    # Keys of closing tokens that are kept apart are turned from the start, the others by what they move
+    places = words.closing[:, None] + jnp.arange(closing.stop - closing.start) * spec.unit
+    word_turn, closing_turn = turning(words.delta), turning(places if state.closing else words.growth)
     move_turns = [turning(move.delta) for move in plan.moves]
 
-    def blocks(x: Array, turns: bool) -> list[Block]:
+    def blocks(x: Rows, turns: bool, apart: Array | None) -> list[Block]:
         """All that changes in one layer's buffer [B, K, S, H]."""
+
+        def run(start: Slot, size: int) -> Rows:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=2), x)
+
         found = []
         for move, turn in zip(plan.moves, move_turns, strict=True):
-            rows = jax.lax.dynamic_slice_in_dim(x, move.source, move.size, axis=2)
-            found.append(move.block(x, rotate(rows, turn) if turns and turn else rows, 2))
+            rows = run(move.source, move.size)
+            found.append(move.block(x, _turned(rows, turn) if turns and turn else rows, 2))
         if size:
-            said = jax.lax.dynamic_slice_in_dim(x, words.source, size, axis=2)
-            found += _word_blocks(cache, x, rotate(said, word_turn) if turns and word_turn else said, words, state.words)
+            said = run(words.source, size)
+            found += _word_blocks(cache, x, _turned(said, word_turn) if turns and word_turn else said, words, state.words)
         if turns and closing_turn:
-            found.append(Block(rotate(x[:, :, closing], closing_turn), (0, 0, closing.start, 0)))
+            close = apart if isinstance(x, Int8Rows) else x[:, :, closing]
+            found.append(Block(stored_as(x, rotate(close, closing_turn)), (0, 0, closing.start)))
         return [block.placed() for block in found]
 
     # In recompute mode keys and values are made anew every round: what moves is the embedding
@@ -177,10 +205,11 @@ def _moved_buffers(state: StreamState, plan: Plan, words: Words, closing: slice,
     changed = {}
     for name, turns in rewritten.items():
         layers = []
-        for x in getattr(state, name):
-            x, found = _read_first(x, functools.partial(blocks, turns=turns), go)
+        for index, x in enumerate(getattr(state, name)):
+            apart = state.closing[index] if state.closing else None
+            x, found = _read_first(x, functools.partial(blocks, turns=turns, apart=apart), go)
             layers.append(x := _put(x, found))
-            go &= ~jnp.isinf(x[0, 0, 0, 0])  # one buffer after the other: the blocks of all of them need not exist at once
+            go &= ~jnp.isinf(_corner(x))  # one buffer after the other: the blocks of all of them need not exist at once
         changed[name] = tuple(layers)
     return changed
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from svlm_jax.types import Array, Bool, Int, Slot
 class Block(NamedTuple):
     """What will be written into a buffer, and where."""
 
-    rows: Array
-    at: tuple[Array | int, ...]
+    rows: Any  # an array, or a cache's `Int8Rows`
+    at: tuple[Array | int, ...]  # on the first axes; all of the others
 
     def placed(self) -> "Block":
         """With its place in arrays, as it comes out of a branch."""
@@ -42,12 +42,16 @@ class Move:
     keep: Bool[Array, "B size"]  # which of them are valid at the target
     goes: Bool[Array, "B"] | None = None  # streams whose slots move; None: the target is free in all others
 
-    def block(self, x: Array, rows: Array, axis: int) -> Block:
+    def block(self, x: Any, rows: Any, axis: int) -> Block:
         """`rows` for the target, where this stream's slots move."""
-        if self.goes is not None:
+
+        def moved(x: Array, rows: Array) -> Array:
+            if self.goes is None:
+                return rows
             goes = self.goes.reshape(-1, *(1,) * (x.ndim - 1))
-            rows = jnp.where(goes, rows, jax.lax.dynamic_slice_in_dim(x, self.target, self.size, axis))
-        return Block(rows, (*(0,) * axis, self.target, *(0,) * (x.ndim - axis - 1)))
+            return jnp.where(goes, rows, jax.lax.dynamic_slice_in_dim(x, self.target, self.size, axis))
+
+        return Block(jax.tree.map(moved, x, rows), (*(0,) * axis, self.target))
 
 
 @functools.partial(
@@ -72,5 +76,6 @@ class Words(NamedTuple):
     sink: Int[Array, "B sink"]  # which of the turn's words each sink slot takes; -1: none
     ring: Int[Array, "B ring"]
     delta: Int[Array, "B M-1"]  # change of coordinate of each of the turn's words
+    closing: Int[Array, "B"]  # coordinate of the first closing token behind them
     growth: Int[Array, "B"]  # positions that all behind the previous text move right
     cut: Int[Array, "B"]  # positions that the ring's words move left

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from svlm_jax.config import StreamConfig
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows
 from svlm_jax.streaming.layout import StreamSpec
 from svlm_jax.types import Array, Bool, Float, Int
 
@@ -18,8 +20,11 @@ class StreamState:
     The cache stores facts: masks, orders and positions derive from them. A slot counts if and only if it is valid.
     """
 
-    k: tuple[Float[Array, "B K S H"], ...]  # one array a layer: keys, rotated at the coordinate u they were written with
-    v: tuple[Float[Array, "B K S H"], ...]
+    k: tuple[Rows, ...]  # [B, K, S, H], one array a layer: keys, rotated at the coordinate u they were written with
+    v: tuple[Rows, ...]
+    closing: tuple[
+        Float[Array, "B K C H"], ...
+    ]  # keys in eight bits only: those of the previous text's closing tokens, not rotated; else empty
     embeddings: tuple[Float[Array, "B 1 S D"], ...]  # mode "recompute" only: what each slot's token looked like; else empty
     valid: Bool[Array, "B S"]
     tokens: Int[Array, "B S"]
@@ -65,26 +70,47 @@ class Turn:
     cached: Int[Array, "B"]  # valid slots at the end of the turn
 
 
+def slot_bytes(spec: StreamSpec, dtype: Any) -> int:
+    """What keys and values of one slot take, in all layers; `dtype` is that of such as are not kept in eight bits."""
+    t = spec.model.text
+    row = (t.head_dim or 0) + 4 if spec.stream.kv == "int8" else (t.head_dim or 0) * jnp.dtype(dtype).itemsize
+    return 2 * t.num_hidden_layers * t.num_key_value_heads * row
+
+
+def keeps_closing(stream: StreamConfig) -> bool:
+    """Whether a round turns the closing tokens' keys that are kept in eight bits: turned from what it was before, each would add its rounding."""
+    return stream.kv is not None and stream.mode == "streaming" and stream.positions == "contiguous"
+
+
 def state_shapes(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> StreamState:
     """The state as `jax.ShapeDtypeStruct`s: what `init_state` would allocate."""
     return jax.eval_shape(lambda: init_state(spec, streams, dtype))
 
 
 def init_state(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> StreamState:
-    """No stream is open: `open_stream` opens a row. `dtype` is that of keys and values."""
+    """No stream is open: `open_stream` opens a row. `dtype` is that of keys and values, where they are not kept in eight bits."""
     t, cache, layers = spec.model.text, spec.cache, spec.model.text.num_hidden_layers
-    recompute = spec.stream.mode == "recompute"
+    recompute, eight = spec.stream.mode == "recompute", spec.stream.kv == "int8"
+    heads, head_dim = t.num_key_value_heads, t.head_dim or 0
     budget = spec.stream.max_new_tokens
 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
         return jnp.zeros(shape, dtype)
 
-    def keys() -> tuple[Array, ...]:
-        return tuple(zeros(streams, t.num_key_value_heads, cache.slots, t.head_dim or 0, dtype=dtype) for _ in range(layers))
+    def rows() -> Rows:
+        shape = (streams, heads, cache.slots)
+        return (
+            Int8Rows(zeros(*shape, head_dim, dtype=jnp.int8), zeros(*shape, dtype=jnp.float32))
+            if eight
+            else zeros(*shape, head_dim, dtype=dtype)
+        )
+
+    closing = len(spec.prompt.block_close)
 
     return StreamState(
-        k=keys(),
-        v=keys(),
+        k=tuple(rows() for _ in range(layers)),
+        v=tuple(rows() for _ in range(layers)),
+        closing=tuple(zeros(streams, heads, closing, head_dim, dtype=dtype) for _ in range(layers)) if keeps_closing(spec.stream) else (),
         embeddings=(zeros(streams, 1, cache.slots, t.hidden_size, dtype=dtype),) if recompute else (),
         valid=zeros(streams, cache.slots, dtype=jnp.bool_),
         tokens=zeros(streams, cache.slots),

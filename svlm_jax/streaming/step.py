@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
+from svlm_jax.kernels.ring_attention.int8 import Rows, stored_as
 from svlm_jax.model.layers import once, take_layer
 from svlm_jax.model.qwen_vl import QwenVL, bind
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
@@ -35,7 +36,6 @@ class Run(NamedTuple):
     only: Bool[Array, "B"] | None = None  # streams that are written; None: these slots are free in all of them
 
 
-
 class Chunk(NamedTuple):
     """New tokens on their way into the cache, in the order of the sequence; a row that is not valid is a hole."""
 
@@ -50,21 +50,25 @@ def _rotation(spec: StreamSpec, coordinates: Int[Array, "... 3"]) -> Rotation:
     return mrope_rotation(coordinates, sections=t.mrope_section, theta=t.rope_theta, denominator=spec.unit)
 
 
-def _append(x: Array, rows: Array, runs: Sequence[Run]) -> Array:
-    """Runs of rows [B, ..., T, H] into x [B, ..., S, H]; each run is one contiguous write for all streams."""
-    axis = x.ndim - 2
+def _append(x: Array, rows: Array, runs: Sequence[Run], axis: int = 2) -> Array:
+    """Runs of rows, along `axis` of both, into x; each run is one contiguous write for all streams."""
     for row, count, slot, only in runs:
-        block = rows[..., row : row + count, :].astype(x.dtype)
+        block = jax.lax.slice_in_dim(rows, row, row + count, axis=axis).astype(x.dtype)
         if only is not None:
-            block = jnp.where(only.reshape(-1, *(1,) * (axis + 1)), block, jax.lax.dynamic_slice_in_dim(x, slot, count, axis))
+            block = jnp.where(only.reshape(-1, *(1,) * (x.ndim - 1)), block, jax.lax.dynamic_slice_in_dim(x, slot, count, axis))
         x = jax.lax.dynamic_update_slice_in_dim(x, block, slot, axis)
     return x
+
+
+def _store(cache: Rows, rows: Float[Array, "B K T H"], runs: Sequence[Run]) -> Rows:
+    """Runs of new keys or values into a layer's cache, in the form in which it keeps them."""
+    return jax.tree.map(lambda x, new: _append(x, new, runs), cache, stored_as(cache, rows))
 
 
 def _note(state: StreamState, chunk: Chunk, u: Int[Array, "B T 3"]) -> StreamState:
     """The facts of new tokens into their slots."""
     facts = {"tokens": chunk.tokens, "valid": chunk.valid, "coordinates": jnp.moveaxis(u, 1, 2)}
-    return state.replace(**{name: _append(getattr(state, name)[..., None], rows[..., None], chunk.runs)[..., 0] for name, rows in facts.items()})
+    return state.replace(**{name: _append(getattr(state, name), rows, chunk.runs, axis=rows.ndim - 1) for name, rows in facts.items()})
 
 
 def _prefill(model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], StreamState]:
@@ -95,7 +99,7 @@ def _cached_layer(layer, x, k, v, valid, plan, query_turn, key_turn, fresh_valid
         out, _ = ring_attention(q, k, v, valid, regions=regions, self_k=fresh_k, self_v=fresh_v, self_valid=fresh_valid, plan=plan)
         runs = [Run(row, count, slot, streams) for (row, count), slot, streams in zip(shape, slots, only, strict=True)]
         with jax.named_scope("append"):
-            written.extend(_append(cache, rows, runs) for cache, rows in ((k, fresh_k), (v, fresh_v)))
+            written.extend(_store(cache, rows, runs) for cache, rows in ((k, fresh_k), (v, fresh_v)))
         return out
 
     return layer(x, attend), *written
@@ -125,13 +129,13 @@ def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"]
     for index in range(len(ks)):
 
         def attend(q, k, v, index=index):
-            fresh = {"self_k": jnp.swapaxes(rotate(k, compute_turn), 1, 2), "self_v": jnp.swapaxes(v, 1, 2), "self_valid": valid}
-            nothing = ks[index][:, :, :0]
+            self_k, self_v = jnp.swapaxes(rotate(k, compute_turn), 1, 2), jnp.swapaxes(v, 1, 2)
+            nothing, nobody = self_k[:, :, :0], valid[:, :0]
             q = rotate(q, compute_turn)[:, None]
-            out, _ = ring_attention(q, nothing, nothing, valid[:, :0], regions=((0, 0),), **fresh)
+            out, _ = ring_attention(q, nothing, nothing, nobody, regions=((0, 0),), self_k=self_k, self_v=self_v, self_valid=valid)
             for buffers, rows in ((ks, rotate(k, stored_turn)), (vs, v)):
                 kept = jnp.take_along_axis(rows, place[:, :, None, None], axis=1)
-                buffers[index] = jnp.swapaxes(kept, 1, 2).astype(buffers[index].dtype)
+                buffers[index] = stored_as(buffers[index], jnp.swapaxes(kept, 1, 2))
             return out
 
         x = take_layer(model.text.layers, index)(x, attend)
@@ -352,22 +356,27 @@ def open_stream(params: Params, state: StreamState, row: Int[Array, ""], words: 
 
     def write(x: Array, rows: Array, axis: int) -> Array:
         """Rows [1, ..., T, ...] of the header to the first slots of one row of x."""
-        block = jnp.take(rows, place, axis=axis).astype(x.dtype)
-        return jax.lax.dynamic_update_slice(x, block, (row, *([0] * (x.ndim - 1))))
+        return write_row(x, jnp.take(rows, place, axis=axis))
+
+    def write_row(x: Array, block: Array) -> Array:
+        return jax.lax.dynamic_update_slice(x, block.astype(x.dtype), (row, *([0] * (x.ndim - 1))))
 
     with jax.named_scope("open_stream"):
         x = model.text.embed(tokens)
         embeddings = tuple(write(e, x[:, None], 2) for e in state.embeddings)
         turn = Rotation(*(a[:, :, None] for a in _rotation(spec, positions)))
-        ks, vs = list(state.k), list(state.v)
+        ks, vs, closing = list(state.k), list(state.v), list(state.closing)
         for layer in range(len(ks)):
 
             def attend(q, k, v, layer=layer):
+                if closing:
+                    closing[layer] = write_row(closing[layer], jnp.swapaxes(k[:, -len(close) :], 1, 2))
                 k, v = jnp.swapaxes(rotate(k, turn), 1, 2), jnp.swapaxes(v, 1, 2)
                 nothing = k[:, :, :0]
                 fresh = {"self_k": k, "self_v": v, "self_valid": valid}
                 out, _ = ring_attention(rotate(q, turn)[:, None], nothing, nothing, valid[:, :0], regions=((0, 0),), **fresh)
-                ks[layer], vs[layer] = write(ks[layer], k, 2), write(vs[layer], v, 2)
+                for buffers, rows in ((ks, k), (vs, v)):
+                    buffers[layer] = jax.tree.map(lambda old, new: write(old, new, 2), buffers[layer], stored_as(buffers[layer], rows))
                 return out
 
             x = take_layer(model.text.layers, layer)(x, attend)
@@ -383,6 +392,7 @@ def open_stream(params: Params, state: StreamState, row: Int[Array, ""], words: 
     return state.replace(
         k=tuple(ks),
         v=tuple(vs),
+        closing=tuple(closing),
         embeddings=embeddings,
         valid=put("valid", jnp.concatenate([filled[None], cleared], 1)),
         tokens=write(state.tokens, tokens, 1),
