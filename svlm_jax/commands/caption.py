@@ -113,7 +113,7 @@ def _describe(commentary: "Commentary") -> str:
         memory = f"{s.vision_window} rounds at a time"
     elif s.mode == "full":
         memory = f"room for {s.capacity_rounds} rounds"
-    seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {len(spec.clip_tokens) - 2} tokens a round"
+    seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {spec.clip_pads.sum()} tokens a round"
     kind = commentary.checkpoint.quantization.kind if commentary.checkpoint and commentary.checkpoint.quantization else None
     precision = f"{commentary.dtype} with {kind} weights" if kind else f"{commentary.dtype}"
     where = f"{spec.model.name} in {precision} on {jax.devices()[0].device_kind}"
