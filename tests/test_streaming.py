@@ -235,6 +235,23 @@ def test_nothing_evicted_equals_one_plain_causal_forward(family):
         np.testing.assert_allclose(np.asarray(turn.watched)[0, 0], np.asarray(logits)[0, -1, list(watch)], atol=1e-4)
 
 
+def test_a_recomputed_sequence_has_its_deep_features_again():
+    """Mode "recompute" after evictions: the plain forward over what is visible, DeepStack's features at the clips that are left."""
+    from svlm_jax.model.qwen_vl import forward
+
+    watch, rounds = tuple(range(0, 1024, 7)), 5
+    engine = small.engine(dataclasses.replace(BASE, mode="recompute"), layers=3, depth=3, watch=watch, family="qwen3_vl")
+    assert len(engine.spec.model.vision.deepstack_blocks) == 2
+    engine.open(0)
+    clips = [small.frames(engine, index) for index in range(rounds)]
+    for index, clip in enumerate(clips):
+        engine.ingest(clip, engine.prompt({0: (index, index + 1)}))
+        seen, turn = visible(engine.state), engine.decode()
+    positions, places = seen.positions.T.astype(np.int32)[None], np.flatnonzero(seen.tokens == engine.spec.prompt.video_pad)[None]
+    logits = forward(engine.params, engine.spec.model, seen.tokens[None], positions, visuals=clips[-2:], places=places)
+    np.testing.assert_allclose(np.asarray(turn.watched)[0, 0], np.asarray(logits)[0, -1, list(watch)], atol=1e-4)
+
+
 def test_no_program_is_compiled_after_the_first_rounds():
     engine = small.engine(BASE, streams=2)
     names = ("ingest", "decode", "open_stream", "close_stream")

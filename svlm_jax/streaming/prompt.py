@@ -70,7 +70,7 @@ class PromptLayout:
 def _single(tokenizer: Tokenizer, text: str) -> int:
     ids = tokenizer.encode_plain(text)
     if len(ids) != 1:
-        raise UserError(f"{text!r} is {len(ids)} tokens here and must be one: use the tokenizer of a Qwen2-VL or Qwen2.5-VL model")
+        raise UserError(f"{text!r} is {len(ids)} tokens here and must be one: use the tokenizer of a Qwen-VL model")
     return ids[0]
 
 
