@@ -75,6 +75,49 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
     Raises UserError for a missing, unreadable or unsupported config.json; the message names the field and the file.
     """
     folder = Path(path)
+    file, raw = _read_json(folder)
+    family = FAMILIES.get(raw.get("model_type"))  # type: ignore[arg-type]
+    if raw.get("model_type") == TEXT_ONLY:
+        raise UserError(
+            f"{file} is of a text-only model, and what is wanted has a vision tower as well: take one from a checkpoint whose decoder "
+            "has this size (svlm convert SRC DST --vision-from DIR)"
+        )
+    if family is None:
+        raise UserError(
+            f"{file} has model_type {raw.get('model_type')!r}, which is not supported: the families are {', '.join(sorted(FAMILIES))}"
+        )
+    nested = [part for part in (raw.get("text_config"),) if isinstance(part, dict)]
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        raise UserError(f"{file} has no field vision_config: take the config.json that belongs to these weights")
+    text = _Fields(file, "text_config." if nested else "", *nested, raw)
+    return ModelConfig(family.read_vision(_Fields(file, "vision_config.", vision)), _text(text, family), name or folder.resolve().name)
+
+
+def is_text_only(folder: Path) -> bool:
+    """Whether `folder` holds a model without a vision tower that a Qwen-VL model can have as its decoder."""
+    return _read_json(folder)[1].get("model_type") == TEXT_ONLY
+
+
+def read_decoder(path: str | Path, rotations: TextConfig) -> TextConfig:
+    """The sizes of a text-only model. What it has no word for, how its rotations are shared out to three axes, is as in `rotations`."""
+    file, raw = _read_json(Path(path))
+    fields = _Fields(file, "", raw)
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope = _Fields(file, "rope_scaling.", scaling)
+    rope.must_be("rope_type", "default")
+    rope.must_be("type", "default")
+    size = fields.need("hidden_size", int) // fields.need("num_attention_heads", int)
+    if size != rotations.head_dim:
+        raise UserError(
+            f"{file} describes heads of {size} numbers, and those of the checkpoint that is to give the vision tower have {rotations.head_dim}: "
+            "take one of its own size"
+        )
+    return _decoder(fields, _Fields(file, "", scaling, raw), QWEN2_TEXT, rotations.mrope_section)
+
+
+def _read_json(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, content) of the config.json in `folder`. UserError where there is none, or it describes quantized weights."""
     file = described_in(folder) / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -84,19 +127,9 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} is not a JSON object: download it again")
-    family = FAMILIES.get(raw.get("model_type"))  # type: ignore[arg-type]
-    if family is None:
-        raise UserError(
-            f"{file} has model_type {raw.get('model_type')!r}, which is not supported: the families are {', '.join(sorted(FAMILIES))}"
-        )
     if raw.get("quantization_config"):
         raise UserError(f"{file} describes quantized weights, which are not supported: take the bfloat16 checkpoint of the same model")
-    nested = [part for part in (raw.get("text_config"),) if isinstance(part, dict)]
-    vision = raw.get("vision_config")
-    if not isinstance(vision, dict):
-        raise UserError(f"{file} has no field vision_config: take the config.json that belongs to these weights")
-    text = _Fields(file, "text_config." if nested else "", *nested, raw)
-    return ModelConfig(family.read_vision(_Fields(file, "vision_config.", vision)), _text(text, family), name or folder.resolve().name)
+    return file, raw
 
 
 def _shared(fields: _Fields) -> dict[str, Any]:
@@ -214,6 +247,7 @@ class Family:
     spelt_as_in_memory: bool = False  # whether the Hub's files name tensors as transformers' modules do (`names.in_memory`)
 
 
+TEXT_ONLY = "qwen2"  # model_type of Qwen2 and Qwen2.5 without a vision tower
 QWEN2_TEXT = {"qkv_bias": True, "qk_norm": False, "mrope_interleaved": False}
 PLAIN_TOWER = {"pixels": "clip", "patch_bias": False, "position_grid": 0, "deepstack_blocks": (), "stamped": False}
 FAMILIES = {  # by model_type; Qwen2-VL first, as its features say more
@@ -261,9 +295,6 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _text(fields: _Fields, family: Family) -> TextConfig:
-    fields.must_be("hidden_act", "silu")
-    fields.must_be("use_sliding_window", False)
-    fields.must_be("attention_bias", family.text["qkv_bias"])
     # rope_parameters in transformers 5, rope_scaling before; rope_theta has moved from beside it to within it
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling")
     if not isinstance(scaling, dict):
@@ -273,16 +304,26 @@ def _text(fields: _Fields, family: Family) -> TextConfig:
     rope.must_be("type", "mrope", "default")
     rope.must_be("mrope_interleaved", family.text["mrope_interleaved"])
     theta = _Fields(fields.file, fields.prefix, scaling, *fields.parts)
+    head_dim = fields.need("head_dim", int) if family.nested else None
+    return _decoder(fields, theta, family.text, rope.integers("mrope_section", 3), head_dim)  # type: ignore[arg-type]
+
+
+def _decoder(
+    fields: _Fields, theta: _Fields, features: Mapping[str, Any], sections: tuple[int, int, int], head_dim: int | None = None
+) -> TextConfig:
+    fields.must_be("hidden_act", "silu")
+    fields.must_be("use_sliding_window", False)
+    fields.must_be("attention_bias", features["qkv_bias"])
     return TextConfig(
-        **family.text,
+        **features,
         vocab_size=fields.need("vocab_size", int),
         hidden_size=fields.need("hidden_size", int),
         intermediate_size=fields.need("intermediate_size", int),
         num_hidden_layers=fields.need("num_hidden_layers", int),
         num_attention_heads=fields.need("num_attention_heads", int),
         num_key_value_heads=fields.need("num_key_value_heads", int),
-        head_dim=fields.need("head_dim", int) if family.nested else None,
-        mrope_section=rope.integers("mrope_section", 3),  # type: ignore[arg-type]
+        head_dim=head_dim,
+        mrope_section=sections,
         rope_theta=theta.need("rope_theta", float),
         rms_norm_eps=fields.need("rms_norm_eps", float, least=0),
         # inside text_config before transformers 5, outside since; either one ties (as Qwen2_5_VLConfig reads it)

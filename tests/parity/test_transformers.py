@@ -256,6 +256,27 @@ def test_a_model_of_ours_gives_its_logits_there(tmp_path, family, sizes):
         np.testing.assert_allclose(our_logits(params, config, p), their_logits(model, config, p), atol=TOLERANCE, rtol=0)
 
 
+def test_their_text_only_weights_give_their_logits(tmp_path):
+    """Qwen2ForCausalLM, with the vision tower of a Qwen2.5-VL model of its size."""
+    whole = theirs(tie_word_embeddings=False)
+    whole.save_pretrained(tmp_path / "whole")
+    stated = {key: value for key, value in whole.config.text_config.to_dict().items() if key not in ("model_type", "rope_parameters", "layer_types")}
+    torch.manual_seed(1)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**stated, rope_parameters={"rope_type": "default", "rope_theta": 1e6})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "text")
+    folder = convert(tmp_path / "text", tmp_path / "joined", form="hf", vision_from=tmp_path / "whole").path
+    config, p = read_config(folder), prompts("qwen2_5_vl")["text"]
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(p.tokens)[None]).logits[0].numpy()
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(our_logits(load_params(folder, config), config, p), wanted, atol=TOLERANCE, rtol=0)
+    again = model_class("qwen2_5_vl").from_pretrained(folder, dtype=torch.float32).eval()
+    np.testing.assert_allclose(their_logits(again, config, p), wanted, atol=1e-5, rtol=0)
+
+
 def test_the_bundled_model_loads_there():
     bundled = load(tiny_path(), dtype=np.float32)
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_path(), dtype=torch.float32).eval()
