@@ -13,7 +13,7 @@ import numpy as np
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.state import Prompt, slot_bytes, state_shapes
+from svlm_jax.streaming.state import prompt_shapes, slot_bytes, state_shapes
 from svlm_jax.streaming.step import compiled
 from svlm_jax.types import Params
 
@@ -92,11 +92,11 @@ class Programs:
         frames = _shape((streams, spec.stream.frames_per_round, 3, spec.height, spec.width), np.dtype(np.uint8))
         words = _shape((spec.cache.words_capacity,), i32)
         params = jax.tree.map(_like, params)
-        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, streams, kinds[0]), key)}
+        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, prompt_shapes(spec, streams, query=kinds[0]), key)}
         calls["open_stream"] = ("open_stream", params, state, _shape((), i32), words, _shape((), i32))
         calls["decode"] = ("decode", params, state, key)
         for kind in kinds[1:]:
-            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, streams, kind), key))
+            calls.setdefault(kind, ("ingest", params, state, frames, prompt_shapes(spec, streams, query=kind), key))
         # No more at once than there are cores: the first caption waits for the first three alone
         self._pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "compile")
         self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, *call) for name, call in calls.items()}
@@ -137,22 +137,6 @@ def _like(leaf: Any) -> jax.ShapeDtypeStruct:
     """As a call with this array will look; where the array is pinned to its devices, the program is too."""
     pinned = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pinned)
-
-
-def _prompt(spec: StreamSpec, streams: int, query: bool) -> Prompt:
-    """The shapes of `Engine.prompt`."""
-
-    def ids(present: bool, size: int) -> tuple[Any, Any]:
-        i32 = np.dtype(np.int32)
-        return (_shape((streams, size), i32), _shape((streams,), i32)) if present else (None, None)
-
-    active: Any = _shape((streams,), np.dtype(np.bool_))
-    return Prompt(
-        *ids(True, spec.time_capacity),
-        active,
-        *ids(spec.stream.question_capacity > 0, spec.stream.question_capacity),
-        *ids(query, spec.query_capacity),
-    )
 
 
 def use_compilation_cache(on: bool = True) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from svlm_jax.checkpoints.adapters import LowRank, Merge, read_adapter, save_adapter
-from svlm_jax.checkpoints.hub_config import read_config
+from svlm_jax.checkpoints.hub_config import is_text_only, read_config
 from svlm_jax.checkpoints.load import find
 from svlm_jax.checkpoints.orbax_form import is_orbax, library, write_orbax
 from svlm_jax.checkpoints.plan import Path_
@@ -19,6 +19,7 @@ from svlm_jax.checkpoints.safetensors_file import FLOATS
 from svlm_jax.checkpoints.save import Progress, copy_companions, write_json, write_weights
 from svlm_jax.checkpoints.source import Parameters, finite, open_source
 from svlm_jax.checkpoints.staging import refuse_existing, staged
+from svlm_jax.checkpoints.text_only import TextWithTower
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 
@@ -44,6 +45,7 @@ def convert(
     form: Form | None = None,
     dtype: Any = None,
     adapter: str | Path | None = None,
+    vision_from: str | Path | None = None,
     shard_bytes: float = 5e9,
     progress: Progress | None = None,
 ) -> Converted:
@@ -55,6 +57,7 @@ def convert(
         alone of a run that trained some.
       dtype: of the target; None keeps every bit, but for what a training run trained in float32 beside frozen weights: it takes their dtype.
       adapter: a LoRA adapter's directory, in PEFT's format, that is merged into the weights.
+      vision_from: where the source is text-only, and only there: the checkpoint that gives the vision tower, config.json, tokenizer and the like.
       shard_bytes: a safetensors file's size at most.
       progress: called with (bytes done, bytes in total).
 
@@ -63,15 +66,22 @@ def convert(
     target = Path(target).expanduser()
     refuse_existing(target)
     folder, _ = find(source)
-    config = read_config(folder)
     if form == "peft":
         if adapter is not None:
             raise UserError(f"{adapter} cannot be merged into adapters alone: convert the weights with it, or the run without")
-        return _adapters_alone(folder, config, target, dtype)
+        return _adapters_alone(folder, read_config(folder), target, dtype)
     form = form or ("hf" if is_orbax(folder) or is_run(folder) else "orbax")
     if form == "orbax":
         library()  # an error now, rather than after the first gigabyte
-    opened = open_source(folder, config, dtype=dtype)
+    if vision_from is None:
+        about, config = folder, read_config(folder)
+        opened = open_source(folder, config, dtype=dtype)
+    else:
+        if not is_text_only(folder):
+            raise UserError(f"{folder} is not text-only, so its vision tower is its own: leave --vision-from out")
+        about, _ = find(vision_from)
+        config = read_config(about)
+        opened = TextWithTower(folder, open_source(about, config, dtype=dtype), config, dtype=dtype)
     if opened.dtype not in FLOATS.values():
         raise UserError(f"{opened.dtype.name} cannot be written: choose {', '.join(kind.name for kind in FLOATS.values())}")
     count = sum(math.prod(shape) for shape in opened.shapes.values())
@@ -83,8 +93,8 @@ def convert(
             write_orbax(staging, _counted(parameters, total, progress))
         else:
             write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
-        copy_companions(described_in(folder), staging)
-        write_json(staging / "config.json", _described(described_in(folder), opened.dtype))
+        copy_companions(described_in(about), staging)
+        write_json(staging / "config.json", _described(described_in(about), opened.dtype))
     return Converted(target, form, opened.dtype, count, total)
 
 

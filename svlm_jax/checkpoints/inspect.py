@@ -79,12 +79,14 @@ def described(found: Inspected) -> list[tuple[str, str]]:
     """The description in lines of (what, text)."""
     v, t, files = found.config.vision, found.config.text, found.files
     windows = "no windows" if v.window_size is None else f"windows of {v.window_size} pixels, whole grid in blocks {list(v.fullatt_block_indexes)}"
+    positions = f", {v.position_grid} x {v.position_grid} learned positions" if v.position_grid else ""
+    deep = f", DeepStack from blocks {list(v.deepstack_blocks)}" if v.deepstack_blocks else ""
     head = "head tied to the embedding" if t.tie_word_embeddings else "head of its own"
     return [
         ("family", f"{found.family}, in {found.form}"),
         ("parameters", f"{found.parameters:,}, of them {found.vision_parameters:,} in the vision tower"),
         ("dtypes", ", ".join(f"{name} {size:,} bytes" for name, size in found.dtypes.items())),
-        ("vision", f"{v.depth} blocks of width {v.hidden_size}, {v.num_heads} heads, patches of {v.patch_size}, {windows}"),
+        ("vision", f"{v.depth} blocks of width {v.hidden_size}, {v.num_heads} heads, patches of {v.patch_size}, {windows}{positions}{deep}"),
         ("text", f"{t.num_hidden_layers} layers of width {t.hidden_size}, {t.num_attention_heads} heads, {t.num_key_value_heads} key-value heads"),
         ("vocabulary", f"{t.vocab_size:,} rows, {head}; tokenizer: {found.tokenizer}"),
         ("files", f"{len(files)}, {sum(size for _, size in files):,} bytes, the largest {max(size for _, size in files):,}"),

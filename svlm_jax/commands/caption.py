@@ -116,7 +116,7 @@ def _describe(commentary: "Commentary") -> str:
         memory = f"{s.vision_window} rounds at a time"
     elif s.mode == "full":
         memory = f"room for {s.capacity_rounds} rounds"
-    seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {len(spec.clip_tokens) - 2} tokens a round"
+    seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {spec.clip_pads.sum()} tokens a round"
     kind = commentary.checkpoint.quantization.kind if commentary.checkpoint and commentary.checkpoint.quantization else None
     precision = f"{commentary.dtype} with {kind} weights" if kind else f"{commentary.dtype}"
     precision += f", keys and values in {s.kv}" if s.kv else ""

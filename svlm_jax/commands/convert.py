@@ -25,6 +25,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--to", choices=("hf", "orbax", "peft"), help="the form of DST (default: the one that SRC does not have)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the tensors (default: as they are)")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights on the way")
+    parser.add_argument(
+        "--vision-from", metavar="DIR", help="for text-only Qwen2.5 weights: the Qwen-VL checkpoint that gives the vision tower and the tokenizer"
+    )
     parser.add_argument("--shard-gb", metavar="GB", type=_positive, default=5.0, help="a safetensors file's size at most (default: 5)")
 
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     kinds = {kind.name: kind for kind in FLOATS.values()}
     dtype = None if args.dtype is None else np.dtype(kinds[args.dtype])
     with ProgressLine("converted") as progress:
-        settings = {"form": args.to, "dtype": dtype, "adapter": args.adapter, "shard_bytes": args.shard_gb * 1e9}
+        settings = {"form": args.to, "dtype": dtype, "adapter": args.adapter, "vision_from": args.vision_from, "shard_bytes": args.shard_gb * 1e9}
         done = convert(args.source, args.target, **settings, progress=progress)
     print(f"{done.path}: {done.parameters:,} parameters, {done.nbytes:,} bytes of {done.dtype.name} in {TITLES[done.form]}")
     return 0

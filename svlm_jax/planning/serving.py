@@ -24,7 +24,7 @@ from svlm_jax.sharding import MESH_AXES, make_mesh, param_shardings, state_shard
 from svlm_jax.streaming.engine import make_spec
 from svlm_jax.streaming.evict import evict
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.state import Prompt, StreamState, state_shapes
+from svlm_jax.streaming.state import StreamState, prompt_shapes, state_shapes
 from svlm_jax.streaming.step import decode, ingest, open_stream
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training.config import MeshConfig
@@ -46,9 +46,7 @@ def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1, quantization: Q
     params, state = quantized_shapes(abstract_params(spec.model, dtype=dtype), quantization), state_shapes(spec, streams, dtype)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
     frames = shape(streams, spec.stream.frames_per_round, 3, spec.height, spec.width, dtype=jnp.uint8)
-    room = spec.stream.question_capacity
-    question = (shape(streams, room), shape(streams)) if room else ()
-    prompt = Prompt(shape(streams, spec.time_capacity), shape(streams), shape(streams, dtype=jnp.bool_), *question)
+    prompt = prompt_shapes(spec, streams)
     return {
         "evict": (state,),
         "open_stream": (params, state, shape(), shape(spec.cache.words_capacity), shape()),

@@ -17,7 +17,17 @@ from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import compute_dtype
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, spoken_ids, time_capacity
+from svlm_jax.streaming.prompt import (
+    PromptLayout,
+    encode_query,
+    encode_stamp,
+    encode_time,
+    encode_words,
+    spoken_ids,
+    stamp_capacity,
+    stamp_times,
+    time_capacity,
+)
 from svlm_jax.streaming.rows import read_compiled, turned_slots, write_compiled
 from svlm_jax.streaming.state import Prompt, StreamState, Turn, init_state
 from svlm_jax.streaming.step import compiled, decode, ingest
@@ -44,6 +54,7 @@ def make_spec(
         width=width,
         time_capacity=time_capacity(tokenizer),
         query_capacity=max(query_capacity, len(encode_query(tokenizer, stream.query))),
+        stamp_capacity=stamp_capacity(tokenizer) if model.vision.stamped else 0,
         initial_words=len(encode_words(tokenizer, stream.previous_text)),
         watch=tuple(watch),
     )
@@ -208,7 +219,7 @@ class Engine:
         time, time_length = ragged({row: encode_time(self.tokenizer, *t) for row, t in times.items()}, spec.time_capacity)
         active = np.zeros(streams, bool)
         active[list(times)] = True
-        question = question_length = query = query_length = None
+        question = question_length = query = query_length = stamp = stamp_length = None
         if questions and not spec.stream.question_capacity:
             raise UserError("this stream has no room for questions: make it with a question_capacity, in tokens")
         if spec.stream.question_capacity:  # in every round, so that asking compiles nothing
@@ -219,7 +230,14 @@ class Engine:
             question, question_length = ragged(asked, spec.stream.question_capacity)
         if any(self._rows[row].query and self._rows[row].age == 0 for row in times):
             query, query_length = ragged({row: self._rows[row].query for row in times if self._rows[row].age == 0}, spec.query_capacity)
-        return Prompt(time, time_length, active, question, question_length, query, query_length)
+        if spec.model.vision.stamped:
+            s, shape = spec.stream, (streams, len(spec.visuals))
+            stamp, stamp_length = np.zeros((*shape, spec.stamp_capacity), np.int32), np.zeros(shape, np.int32)
+            for row, (start, _) in times.items():
+                for index, seconds in enumerate(stamp_times(start, s.frames_per_round, s.fps)):
+                    ids = encode_stamp(self.tokenizer, seconds)
+                    stamp[row, index, : len(ids)], stamp_length[row, index] = ids, len(ids)
+        return Prompt(time, time_length, active, question, question_length, query, query_length, stamp, stamp_length)
 
     def ingest(self, frames: UInt8[Array, "B F 3 height width"], prompt: Prompt) -> Array:
         """A round up to its first tokens, int32 [B]; enqueued, not awaited."""

@@ -83,7 +83,7 @@ def _decode(
     model: QwenVL, x: Array, batch: Batch, recipe: Recipe, axes: dict[str, tuple[str | None, ...]], adapters: Adapters
 ) -> Array:
     c, place = model.text.config, recipe.placement
-    cos, sin = mrope_rotation(batch.positions, sections=c.mrope_section, theta=c.rope_theta, denominator=recipe.unit)
+    cos, sin = mrope_rotation(batch.positions, axes=c.mrope_axes, theta=c.rope_theta, denominator=recipe.unit)
     rotation = Rotation(*(place.rows(a)[:, :, None] for a in (cos, sin)))
 
     def attend(q: Array, k: Array, v: Array) -> Array:
