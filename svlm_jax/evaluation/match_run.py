@@ -151,13 +151,14 @@ def _watch(
     import jax
 
     from svlm_jax.api import Commentary
+    from svlm_jax.commands.device import mesh_of_flag
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache(True)
     if args.model is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     asked = [(index + 0.5, question) for index, question in sorted(questions.items())]
-    commentary = Commentary(video, args.model, dtype=args.dtype, questions=asked, **settings)
+    commentary = Commentary(video, args.model, dtype=args.dtype, mesh=mesh_of_flag(args.mesh), questions=asked, **settings)
     commentary.prepare()
     said, stamps = [], [time.perf_counter()]
     with Countdown("commenting") as progress:
