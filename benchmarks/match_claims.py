@@ -103,8 +103,8 @@ def page(args: argparse.Namespace) -> None:
         "# What is claimed about endless streams, measured",
         "",
         f"Simulated matches ({match_phrase(some)}), which no training has seen ([match.md](match.md) says what the measures are). "
-        f"In brackets: 95% intervals of the mean over matches, by the spread between them. Round: its median time on {some.get('device', 'one device')}, "
-        f"all matches as one batch. Commit {some['commit'] or 'unknown'}, {some['date']}.",
+        "In brackets: 95% intervals of the mean over matches, by the spread between them. Round: its median time on "
+        f"{some.get('device', 'one device')}, all matches as one batch. Commit {some['commit'] or 'unknown'}, {some['date']}.",
         "",
     ]
     for group in dict.fromkeys(group for group, _, _ in CASES.values()):

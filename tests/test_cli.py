@@ -25,6 +25,7 @@ VIDEO
 --weights DIR
 --dtype {float32,bfloat16}
 --quantize {int8,fp8}
+--mesh data=N,tensor=N
 --out FILE []
 --truth FILE.jsonl
 --start SECONDS 0.0

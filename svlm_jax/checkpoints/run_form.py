@@ -18,7 +18,7 @@ import numpy as np
 
 from svlm_jax.checkpoints.adapters import LowRank
 from svlm_jax.checkpoints.names import name_table
-from svlm_jax.checkpoints.orbax_form import MARK, library, quiet
+from svlm_jax.checkpoints.orbax_form import MARK, Keep, library, quiet
 from svlm_jax.checkpoints.plan import Path_, leaves, some
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -134,11 +134,14 @@ class RunSource:
             raise UserError(f"{name} in {self.folder} cannot be read ({str(error)[:200]}): copy the checkpoint again") from error
 
 
-def load_run(folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], progress: Any = None) -> Params:
+def load_run(
+    folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
+) -> Params:
     """The parameters of `folder` on their devices; each device's part alone is read (of adapted weights a layer at a time).
 
     Args:
       places: the sharding of every parameter, in the layout that is asked for; None is the default device.
+      keep: what is kept of a parameter, by itself, once it is on its devices.
     """
     source = RunSource(folder, config, dtype=dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -153,7 +156,7 @@ def load_run(folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, pl
         at = params
         for key in path[:-1]:
             at = at.setdefault(key, {})
-        at[path[-1]] = jax.block_until_ready(jax.make_array_from_callback(shape, places[path] or default, part))
+        at[path[-1]] = keep(path, jax.block_until_ready(jax.make_array_from_callback(shape, places[path] or default, part)))
         done += math.prod(shape) * source.dtype.itemsize
         if progress is not None:
             progress(done, total)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from svlm_jax.captions import clock, open_caption_files
-from svlm_jax.commands.device import check_device
+from svlm_jax.commands.device import check_device, mesh_of_flag
 from svlm_jax.commands.flags import add_arguments, stream_settings
 from svlm_jax.commands.truth import Truth
 from svlm_jax.errors import UserError
@@ -99,6 +99,7 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
         weights=args.weights,
         dtype=args.dtype,
         quantize=args.quantize,
+        mesh=mesh_of_flag(args.mesh),
         start=args.start,
         duration=args.duration,
         questions=[(when, text) for text, when in args.questions],
@@ -130,6 +131,9 @@ def _say_what_to_expect(view: LiveView, args: argparse.Namespace, commentary: "C
     if random_weights(commentary.path) and not args.weights:
         which = "bundled model" if args.model is None else f"model {commentary.path.name}"
         view.note(f"The {which} has random weights, so its words mean nothing: --model DIR takes one that has learnt.")
+    copies = 1 if commentary.mesh is None else commentary.mesh.shape["data"]
+    if copies > 1:
+        view.note(f"A video is one stream, which data={copies} cannot split: those devices all do the same work.")
 
 
 def _loading(commentary: "Commentary") -> str:

@@ -4,6 +4,7 @@ import argparse
 
 from svlm_jax.commands import UsageError
 from svlm_jax.commands.eval_flags import add_stream, given, stream_config
+from svlm_jax.commands.flags import add_mesh
 
 SUMMARY = "simulated matches: commentary against what really happened, without a judge"
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matches", metavar="N", type=int, default=1, help="so many, of this and the next seeds, as one batch (default: 1)")
     parser.add_argument("--model", metavar="DIR", help="a model's directory (default: the bundled one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
+    add_mesh(parser)
     parser.add_argument("--baseline", choices=("truth", "blind"), help="instead of a model: what is right, or what is right of another match")
     parser.add_argument("--question-every", metavar="SECONDS", type=float, default=30.0, help="on average; 0: none is asked (default: 30)")
     parser.add_argument("--json", metavar="FILE", help="also write the measures, the settings and the machine here")

@@ -168,13 +168,14 @@ def _watch(
 
     from svlm_jax.api import load, stream_config
     from svlm_jax.checkpoints.stream_settings import read_stream_settings
+    from svlm_jax.commands.device import mesh_of_flag
     from svlm_jax.evaluation.match_watch import watch
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache(True)
     if args.model is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    model = load(args.model, dtype=args.dtype)
+    model = load(args.model, dtype=args.dtype, mesh=mesh_of_flag(args.mesh))
     config = stream_config({**read_stream_settings(model.path), **settings})
     with Countdown("commenting") as progress:
         watched = watch(model, films, questions, config, rounds=rounds, told=progress)

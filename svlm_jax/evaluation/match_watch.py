@@ -19,6 +19,7 @@ from svlm_jax.evaluation.match import Said
 from svlm_jax.evaluation.watching import frame_size
 from svlm_jax.programs import check_memory
 from svlm_jax.streaming.engine import Engine, Round, make_spec
+from svlm_jax.streaming.placed import check_streams, mesh_of
 from svlm_jax.streaming.prompt import encode_query
 
 Questions = Mapping[int, str]  # by the round they are asked in
@@ -56,7 +57,9 @@ def watch(
         raise UserError(f"films of one size make a batch, and these have {', '.join(f'{w}x{h}' for h, w in sorted(sizes))}: watch them one by one")
     size = sizes.pop()
     spec = make_spec(model.config, config, model.tokenizer, height=size[0], width=size[1])
-    check_memory(spec, 0, jax.tree.leaves(model.params)[0].dtype, streams=len(films))
+    mesh = mesh_of(model.params)
+    check_streams(mesh, len(films))
+    check_memory(spec, 0, jax.tree.leaves(model.params)[0].dtype, streams=len(films), mesh=mesh)
     engine = Engine(model.params, spec, model.tokenizer, streams=len(films))
     for row in range(len(films)):
         engine.open(row, seed=config.seed + row)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
+from svlm_jax.checkpoints.load import on_mesh
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.model.quantized import Quantization, quantized_shapes, quantized_shardings
@@ -108,9 +109,9 @@ class Served:
 
 def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, streams: int, config: StreamConfig | None = None) -> Served:
     """Compiles what a round runs: `ingest` and `decode`, in bfloat16, of 720p video; at the defaults if there is no `config`."""
-    spec = stream_spec(model, config or StreamConfig())
     devices = compiling.devices(topology)
     mesh = make_mesh(**axes.sizes(len(devices)), devices=devices)
+    spec = stream_spec(on_mesh(model, mesh), config or StreamConfig())
     chips = mesh.size
     rates = Ceilings(topology.chip.memory_rate * chips / 1e12, topology.chip.operations * chips / 1e12)
     cached = spec.cache.slots

@@ -17,6 +17,7 @@ import numpy as np
 from svlm_jax.streaming.layout import Field, Ring
 from svlm_jax.streaming.moves import relocate
 from svlm_jax.streaming.plan import Leaving, Move, Plan
+from svlm_jax.streaming.shards import on_shards
 from svlm_jax.streaming.state import StreamState
 from svlm_jax.types import Array, Bool, Int, Slot
 
@@ -157,4 +158,4 @@ def evict(state: StreamState) -> StreamState:
             plan = functools.partial(_vision_longer, ring=cache.clips)
         else:
             plan = _equal_windows
-        return relocate(state, plan)
+        return on_shards(lambda own: relocate(own, plan), state)
