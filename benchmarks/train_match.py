@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything (default: 1500)")
-    parser.add_argument("--second-stage", type=float, default=0.3, help="its share of the training (default: 0.3)")
+    parser.add_argument("--second-stage", type=float, default=0.4, help="its share of the training (default: 0.4)")
     parser.add_argument("--matches", type=int, default=24, help="of two hours (default: 24)")
     parser.add_argument("--openings", type=int, default=640, help="matches of 48 seconds (default: 640)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 2, help="that make the data")
