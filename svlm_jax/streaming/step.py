@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
-from svlm_jax.kernels.ring_attention.int8 import Rows, stored_as
+from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows, stored_as
 from svlm_jax.model.layers import once, take_layer
 from svlm_jax.model.qwen_vl import QwenVL, bind
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
@@ -104,9 +104,12 @@ def _cached_layer(layer, x, k, v, valid, plan, query_turn, key_turn, fresh_valid
         q = rotate(q[:, None], query_turn)
         fresh_k, fresh_v = jnp.swapaxes(rotate(fresh_k, key_turn), 1, 2), jnp.swapaxes(fresh_v, 1, 2)
         out, _ = ring_attention(q, k, v, valid, regions=regions, self_k=fresh_k, self_v=fresh_v, self_valid=fresh_valid, plan=plan)
+        held = k, v
+        if isinstance(k, Int8Rows):  # a TPU's compiler else copies caches as small as these, to append while they are being read
+            out, held = jax.lax.optimization_barrier((out, held))
         runs = [Run(row, count, slot, streams) for (row, count), slot, streams in zip(shape, slots, only, strict=True)]
         with jax.named_scope("append"):
-            written.extend(_store(cache, rows, runs) for cache, rows in ((k, fresh_k), (v, fresh_v)))
+            written.extend(_store(cache, rows, runs) for cache, rows in zip(held, (fresh_k, fresh_v), strict=True))
         return out
 
     return layer(x, attend), *written
