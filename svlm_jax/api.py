@@ -72,7 +72,7 @@ class Checkpoint:
         config = read_config(folder, name=name)
         source = folder if weights is None else checkpoint.find(os.fspath(weights))[0]
         opened = open_source(source, config, dtype=dtype)
-        quantization = as_quantization(quantize)
+        quantization = as_quantization(quantize) or opened.quantization
         nbytes = tree_bytes(quantized_shapes(abstract_params(config, dtype=opened.dtype), quantization))
         return cls(folder, source, config, Tokenizer.load(described_in(folder)), opened.dtype, nbytes, quantization)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from svlm_jax.checkpoints.copying import COPIERS, fill
 from svlm_jax.checkpoints.hub_config import read_config
-from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
+from svlm_jax.checkpoints.orbax_form import OrbaxSource, is_orbax, load_orbax
 from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
 from svlm_jax.checkpoints.run_form import described_in, is_run, last_step, load_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
@@ -119,7 +119,7 @@ def load_params(
       shardings: where parameters go: None (the default device), one `jax.Device` or `jax.sharding.Sharding` for all, or a
         tree of shardings like the parameters. Each shard is read on its own, from the bytes that it needs.
       quantize: which weights to keep in eight bits, "int8" or "fp8" for the default ones: each is made so as soon as it is on
-        its devices.
+        its devices. A checkpoint that holds them so already is read as it is.
       progress: called with (bytes done, bytes in total) after every parameter.
 
     Raises UserError, before anything is allocated, where files and config do not match in every tensor.
@@ -132,7 +132,11 @@ def load_params(
         return array if wanted is None or axes is None else quantize_weight(array, wanted.kind, axes)
 
     if is_orbax(Path(path)):
-        if wanted is not None and stacked:  # layers are read one by one, and stacked at the end
+        kept = OrbaxSource(Path(path), config, dtype=dtype).quantization
+        if kept is not None and wanted not in (None, kept):
+            parts = ", ".join(kept.parts)
+            raise UserError(f"{path} holds {parts} in {kept.kind} already: leave the quantization out, or take the checkpoint before it")
+        if kept is None and wanted is not None and stacked:  # layers are read one by one, and stacked at the end
             return quantize_params(load_params(path, config, dtype=dtype, stacked=True, shardings=shardings, progress=progress), wanted)
         return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
     if is_run(Path(path)):
