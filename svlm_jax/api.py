@@ -87,7 +87,7 @@ class Checkpoint:
         tokenizer = Tokenizer.load(described_in(folder))
         mesh = mesh if mesh is not None and mesh.size > 1 else None
         spread = checkpoint.on_mesh(config, mesh)
-        return cls(folder, source, spread, config, tokenizer, opened.dtype, as_quantization(quantize), mesh)
+        return cls(folder, source, spread, config, tokenizer, opened.dtype, as_quantization(quantize) or opened.quantization, mesh)
 
     @property
     def shapes(self) -> Params:

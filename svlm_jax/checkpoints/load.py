@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from svlm_jax.checkpoints.copying import COPIERS, fill
 from svlm_jax.checkpoints.hub_config import read_config
-from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
+from svlm_jax.checkpoints.orbax_form import OrbaxSource, is_orbax, load_orbax
 from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
 from svlm_jax.checkpoints.run_form import described_in, is_run, last_step, load_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
@@ -93,6 +93,12 @@ def load_on_mesh(
 ) -> Params:
     """The parameters of `on_mesh(config, mesh)`, cut over the mesh, from the checkpoint in directory `path`, whose config is `config`."""
     times, places = repeats(config, mesh.shape["tensor"]), dict(leaves(param_shardings(on_mesh(config, mesh), mesh)))
+    kept = OrbaxSource(Path(path), config, dtype=dtype).quantization if times > 1 and is_orbax(Path(path)) else None
+    if kept is not None:
+        raise UserError(
+            f"{path} holds weights in {kept.kind}, and the key-value heads of such weights are not repeated: choose tensor from the divisors of "
+            f"{config.text.num_key_value_heads}, or take the checkpoint they were made from with --quantize {kept.kind}"
+        )
 
     def change(name: Path_, array: Array) -> Array:
         if times == 1 or name[:2] != ("text", "layers") or name[-1] not in PARTS:
@@ -156,7 +162,7 @@ def load_params(
       shardings: where parameters go: None (the default device), one `jax.Device` or `jax.sharding.Sharding` for all, or a
         tree of shardings like the parameters. Each shard is read on its own, from the bytes that it needs.
       quantize: which weights to keep in eight bits, "int8" or "fp8" for the default ones: each is made so as soon as it is on
-        its devices.
+        its devices. A checkpoint that holds them so already is read as it is.
       change: what becomes of each parameter once it is on its devices, before it is made eight bits.
       progress: called with (bytes done, bytes in total) after every parameter.
 
@@ -171,7 +177,11 @@ def load_params(
         return array if wanted is None or axes is None else quantize_weight(array, wanted.kind, axes)
 
     if is_orbax(Path(path)):
-        if wanted is not None and stacked:  # layers are read one by one, and stacked at the end
+        kept = OrbaxSource(Path(path), config, dtype=dtype).quantization
+        if kept is not None and wanted not in (None, kept):
+            parts = ", ".join(kept.parts)
+            raise UserError(f"{path} holds {parts} in {kept.kind} already: leave the quantization out, or take the checkpoint before it")
+        if kept is None and wanted is not None and stacked:  # layers are read one by one, and stacked at the end
             whole = load_params(path, config, dtype=dtype, stacked=True, shardings=shardings, change=change, progress=progress)
             return quantize_params(whole, wanted)
         return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)

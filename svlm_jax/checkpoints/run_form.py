@@ -54,12 +54,16 @@ def described_in(folder: Path) -> Path:
 class RunSource:
     """A training run's checkpoint, its shapes checked against the config, to be read in groups of parameters."""
 
+    quantization = None
+
     def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
         """Raises UserError naming the first parameter that is missing, unexpected or of another shape."""
         self.folder, self._config = folder, config
         self.arrays: dict[str, tuple[str, tuple[int, ...], np.dtype]] = {}  # by dotted path: part, shape, dtype
+        self.metadata: list[Any] = []  # Orbax's own, of every array
         for part in PARTS:
             for name, leaf in _metadata(folder / part).items():
+                self.metadata.append(leaf)
                 self.arrays[name] = (part, tuple(leaf.shape), np.dtype(leaf.dtype))
         wanted = {".".join(map(str, path)): leaf.shape for path, leaf in leaves(abstract_params(config, stacked=True))}
         self._adapted = {name.removesuffix(HALVES[0]) for name in self.arrays if name.endswith(HALVES[0])}

@@ -17,6 +17,7 @@ from svlm_jax.checkpoints.run_form import RunSource, is_run
 from svlm_jax.checkpoints.safetensors_file import Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import Quantization
 
 COMPARED_AT_ONCE = 1 << 20  # numbers, which fit into the cache
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
@@ -24,6 +25,8 @@ EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F80000
 
 class HubSource:
     """A checkpoint in Hugging Face's form, accounted for by its headers; without `tower`, one that has no vision tower."""
+
+    quantization = None
 
     def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None, tower: bool = True):
         self._targets = {target.path: target for target in plan(folder, config, dtype=dtype, tower=tower)}
@@ -45,6 +48,11 @@ class Source(Protocol):
     def shapes(self) -> Mapping[Path_, tuple[int, ...]]: ...
     @property
     def dtype(self) -> np.dtype: ...
+    @property
+    def quantization(self) -> Quantization | None:
+        """What of it is kept in eight bits."""
+        ...
+
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]: ...
 
 

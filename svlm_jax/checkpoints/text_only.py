@@ -17,6 +17,8 @@ from svlm_jax.errors import UserError
 class TextWithTower:
     """A whole model: the decoder of one directory, the vision tower of another. Nothing is made up: each must hold its part in full."""
 
+    quantization = None
+
     def __init__(self, folder: Path, tower: Source, config: ModelConfig, *, dtype: Any = None):
         """Raises UserError where the decoder is not of the size that `config` (the tower's) calls for.
 
