@@ -13,6 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from svlm_jax.api import Checkpoint, random_weights, sample_clip
+from svlm_jax.bench.report import Compilations
 from svlm_jax.checkpoints.load import LoadedModel
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
@@ -102,21 +103,27 @@ class Service:
 
     def _run(self) -> None:
         try:
-            kinds = [True, False] if self.spec.query_capacity else [False]
-            programs = Programs(self.spec, self.checkpoint.shapes, self.checkpoint.dtype, kinds, streams=self.config.places)
-            self.model = self.checkpoint.load()
-            programs.wait("open_stream", "decode", *kinds)
-            programs.check_memory("decode", *kinds)
-            engine = Engine(self.model.params, self.spec, self.model.tokenizer, streams=self.config.places)
-            self.metrics.state_bytes.set(tree_bytes(engine.state))
-            self.scheduler = Scheduler(engine, self.sessions, self.metrics)
-            self.scheduler.run()
-            self.failure = self.scheduler.failure
+            with Compilations() as compilations:
+                self.metrics.compilations.set_function(lambda: compilations.count)
+                self._serve()
         except UserError as error:
             self.failure = str(error)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self._stopping()
+
+    def _serve(self) -> None:
+        """Loads and compiles, then runs rounds until the end."""
+        kinds = [True, False] if self.spec.query_capacity else [False]
+        programs = Programs(self.spec, self.checkpoint.shapes, self.checkpoint.dtype, kinds, streams=self.config.places)
+        self.model = self.checkpoint.load()
+        programs.wait("open_stream", "decode", *kinds)
+        programs.check_memory("decode", *kinds)
+        engine = Engine(self.model.params, self.spec, self.model.tokenizer, streams=self.config.places)
+        self.metrics.state_bytes.set(tree_bytes(engine.state))
+        self.scheduler = Scheduler(engine, self.sessions, self.metrics)
+        self.scheduler.run()
+        self.failure = self.scheduler.failure
 
     # Streams
 
