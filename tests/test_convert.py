@@ -18,9 +18,9 @@ from svlm_jax import cli
 from svlm_jax.checkpoints import convert as convert_module
 from svlm_jax.checkpoints import staging
 from svlm_jax.checkpoints.convert import convert
-from svlm_jax.checkpoints.hub_config import write_config
+from svlm_jax.checkpoints.hub_config import FAMILIES, family_of, write_config
 from svlm_jax.checkpoints.load import load, load_params
-from svlm_jax.checkpoints.names import name_table
+from svlm_jax.checkpoints.names import in_memory, name_table
 from svlm_jax.checkpoints.orbax_form import is_orbax
 from svlm_jax.checkpoints.source import finite
 from svlm_jax.commands.progress import ProgressLine, status
@@ -33,8 +33,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def tensors(config, dtype=ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {piece.name: rng.standard_normal(piece.source_shape, np.float32).astype(dtype) for piece in name_table(config)}
+    rng, spelt = np.random.default_rng(0), in_memory if FAMILIES[family_of(config)].spelt_as_in_memory else str
+    return {spelt(piece.name): rng.standard_normal(piece.source_shape, np.float32).astype(dtype) for piece in name_table(config)}
 
 
 def write(folder: Path, family: str = "qwen2_5_vl", dtype=ml_dtypes.bfloat16, **changes: np.ndarray) -> Path:

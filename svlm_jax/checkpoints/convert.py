@@ -151,6 +151,6 @@ def _described(folder: Path, dtype: np.dtype) -> dict[str, Any]:
     parts = [content, *(content[key] for key in ("text_config", "vision_config") if isinstance(content.get(key), dict))]
     for part in parts:
         part.update({key: dtype.name for key in ("torch_dtype", "dtype") if part.get(key) is not None})
-    if not any(key in content for key in ("torch_dtype", "dtype")):
+    if not any(part.get(key) is not None for part in parts for key in ("torch_dtype", "dtype")):
         content["torch_dtype"] = dtype.name
     return content
