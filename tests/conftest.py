@@ -54,6 +54,17 @@ def _forget_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """XLA leaves out what takes longer than these modules' programs run: their models are tiny, and each is called a few times."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def pytest_sessionfinish(session):
     uid = getattr(session.config, "workerinput", {}).get("testrunuid")
     if uid is None:  # the only process, or the one that started the workers, which have ended by now
