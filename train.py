@@ -8,11 +8,13 @@ Every setting is a field of `svlm_jax.training.config.RunConfig`; `a.b=c` change
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import jax
 
+from svlm_jax import storage
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find, load_params
 from svlm_jax.checkpoints.run_form import described_in, is_run
@@ -66,9 +68,10 @@ def train(config: RunConfig) -> TrainState:
     evaluator = Evaluator.of(trainer, config, tokenizer, shard)
 
     # State
-    out = Path(config.out)
+    mirror = storage.Mirror(config.out, go_on=chief) if storage.is_remote(config.out) else None
+    out = mirror.local if mirror else Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints.open(out / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints.open(storage.join(config.out, "checkpoints"), config.checkpoint)
     step = checkpoints.latest
     if step is None:
         state = first_state(trainer, config, folder)
@@ -79,13 +82,16 @@ def train(config: RunConfig) -> TrainState:
     if chief:
         (out / "config.json").write_text(as_json(config))
         describe(out, model, folder, words, config.step.dtype)
+        if mirror:
+            mirror.push()  # before the first checkpoint, which is read with it
 
     # Loop
     metrics, after = out / "metrics.jsonl", step or 0
     others = sinks.open_sinks(config, out, after) if chief else ()
-    report = Report(metrics if chief else None, after=after, steps=config.steps, sinks=others, began=process_start())
+    report = Report(metrics if chief else None, after=after, steps=config.steps, sinks=others, mirror=mirror, began=process_start())
+    here = dataclasses.replace(config, out=str(out))
     try:
-        state, why = run(state, trainer, batches, checkpoints, report, config, pause=silence(tokenizer), evaluator=evaluator)
+        state, why = run(state, trainer, batches, checkpoints, report, here, pause=silence(tokenizer), evaluator=evaluator)
         report.say(why)
         report.say(str(report.clock))
         if chief and plot(metrics, out / "plots.png"):
@@ -94,6 +100,8 @@ def train(config: RunConfig) -> TrainState:
         report.close()
         batches.close()
         checkpoints.close()
+        if mirror:
+            mirror.close()
     return state
 
 

@@ -23,12 +23,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def start(out: Path, *overrides: str) -> subprocess.Popen:
+def start(out: Path, *overrides: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     """`train.py sft_tiny`. Runs beside each other share what they compiled, and the preset's annotations."""
     own = {"TMPDIR": str(out.parent)}
     cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, str(ROOT / "train.py"), "sft_tiny", f"out={out}", *overrides]
-    return subprocess.Popen(command, env={"JAX_PLATFORMS": "cpu", **os.environ, **own, **cache}, stderr=subprocess.PIPE, text=True)
+    settings = {"JAX_PLATFORMS": "cpu", **os.environ, **own, **cache, **(environment or {})}
+    return subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True)
 
 
 def records(out: Path) -> list[dict]:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEADY = ("step.optimizer.final=1.0", "step.optimizer.warmup=0.01")  # the first stage ends when its time is up, at its full rate
+LONGEST = 20_000  # steps, more than the first stage has time for: it ends when that is up, at its full rate
+STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
 START, END = 60.0, 25.0  # seconds that the second stage takes to begin (it compiles) and to be converted
 
 
@@ -37,10 +38,11 @@ class Clock:
         print(f"[{self():6.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def start(*words: str, log: Path | None = None) -> subprocess.Popen:
+def start(*words: str, log: Path | None = None, **environment: str) -> subprocess.Popen:
     """Begins a module or script; what it says goes into `log`."""
     with open(log or os.devnull, "a") as out:
-        return subprocess.Popen([sys.executable, *words], stderr=out if log else None, env={**os.environ, "PYTHONPATH": _path()})
+        env = {**os.environ, "PYTHONPATH": _path(), **environment}
+        return subprocess.Popen([sys.executable, *words], stderr=out if log else None, env=env)
 
 
 def _path() -> str:
@@ -79,7 +81,7 @@ def stage(name: str, preset: str, args: argparse.Namespace, settings: list[str],
 
 
 def _sets(preset: str) -> list[str]:
-    return ["asked", "chunks", "openings"] if preset == "sft_match" else ["dense", "chunks", "asked", "openings"]
+    return [*(["dense"] if preset == "sft_match_dense" else []), "chunks", "asked", "placed", "openings"]
 
 
 def _places(folder: Path, name: str) -> list[tuple[str, str]]:
@@ -90,7 +92,8 @@ def export(run: Path, target: Path) -> bool:
     """The last checkpoint's weights in bfloat16, in place of those that were there; whether they could be read."""
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    if start("-m", "svlm_jax.cli", "convert", str(run), str(fresh), "--dtype", "bfloat16", log=target.with_name("convert.log")).wait():
+    words = ("-m", "svlm_jax.cli", "convert", str(run), str(fresh), "--dtype", "bfloat16")
+    if start(*words, log=target.with_name("convert.log"), JAX_PLATFORMS="cpu").wait():  # the accelerator is at work
         return False
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
@@ -108,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything (default: 1500)")
-    parser.add_argument("--second-stage", type=float, default=0.3, help="its share of the training (default: 0.3)")
+    parser.add_argument("--second-stage", type=float, default=0.4, help="its share of the training (default: 0.4)")
     parser.add_argument("--matches", type=int, default=24, help="of two hours (default: 24)")
     parser.add_argument("--openings", type=int, default=640, help="matches of 48 seconds (default: 640)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 2, help="that make the data")
@@ -128,10 +131,10 @@ def main() -> None:
     clock.say(f"{len(list(data.glob('*.mp4')))} videos")
     begin = args.weights or args.folder / "start"
     if not args.weights and not begin.exists():
-        start("-m", "svlm_jax.demo.make_match_model", str(begin)).wait()
+        start("-m", "svlm_jax.demo.make_match_model", str(begin), JAX_PLATFORMS="cpu").wait()
 
     rest = args.seconds - clock()
-    first = stage("run1", "sft_match", args, [f"weights={begin}", "steps=100000", *STEADY], clock, rest - args.second_stage * rest)
+    first = stage("run1", "sft_match", args, [f"weights={begin}", *STEADY], clock, rest - args.second_stage * rest)
     spent["first stage"] = clock() - spent["data"]
     recent = first[-300:]
     step_ms = sum(row["step_ms"] for row in recent) / len(recent)

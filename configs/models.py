@@ -1,4 +1,4 @@
-"""The sizes of Qwen2.5-VL and Qwen2-VL, as published in each checkpoint's config.json, and two small ones."""
+"""The sizes of Qwen2.5-VL, Qwen2-VL and Qwen3-VL, as published in each checkpoint's config.json, and small ones."""
 
 from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
 
@@ -71,6 +71,55 @@ def qwen2_vl_7b() -> ModelConfig:
     return ModelConfig(_vision_of_qwen2(3584), _text(152_064, 3584, 18_944, 28, 28, 4), "qwen2-vl-7b")
 
 
+def _qwen3_vl(vision: VisionConfig, intermediate: int, name: str, *, tied: bool = False) -> ModelConfig:
+    text = TextConfig(
+        vocab_size=151_936,
+        hidden_size=vision.out_hidden_size,
+        intermediate_size=intermediate,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        mrope_section=(24, 20, 20),
+        mrope_interleaved=True,
+        rope_theta=5e6,
+        tie_word_embeddings=tied,
+        qkv_bias=False,
+        qk_norm=True,
+    )
+    return ModelConfig(vision, text, name)
+
+
+def _vision_of_qwen3(depth: int, width: int, intermediate: int, out: int, deepstack: tuple[int, ...]) -> VisionConfig:
+    return VisionConfig(
+        depth=depth,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_heads=16,
+        out_hidden_size=out,
+        patch_size=16,
+        window_size=None,
+        tokens_per_second=0,
+        norm="layer",
+        mlp="gelu_tanh",
+        pixels="symmetric",
+        patch_bias=True,
+        position_grid=48,
+        deepstack_blocks=deepstack,
+        stamped=True,
+    )
+
+
+def qwen3_vl_4b() -> ModelConfig:
+    """4.44 billion parameters, tied head."""
+    return _qwen3_vl(_vision_of_qwen3(24, 1024, 4096, 2560, (5, 11, 17)), 9728, "qwen3-vl-4b", tied=True)
+
+
+def qwen3_vl_8b() -> ModelConfig:
+    """8.77 billion parameters."""
+    return _qwen3_vl(_vision_of_qwen3(27, 1152, 4304, 4096, (8, 16, 24)), 12_288, "qwen3-vl-8b")
+
+
 def tiny(vocab_size: int = 2048) -> ModelConfig:
     """A quarter of a million parameters and every mechanism of the big ones: tests and the bundled demonstration."""
     vision = VisionConfig(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1, 3))
@@ -102,6 +151,42 @@ def tiny_qwen2_vl(vocab_size: int = 2048) -> ModelConfig:
     return ModelConfig(vision, tiny(vocab_size).text, "tiny-qwen2-vl")
 
 
+def tiny_qwen3_vl(vocab_size: int = 2048) -> ModelConfig:
+    """The same of Qwen3-VL, for tests; its heads together are wider than the decoder, as in the 4B model."""
+    vision = VisionConfig(
+        depth=3,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=64,
+        patch_size=16,
+        window_size=None,
+        tokens_per_second=0,
+        norm="layer",
+        mlp="gelu_tanh",
+        pixels="symmetric",
+        patch_bias=True,
+        position_grid=5,
+        deepstack_blocks=(0, 2),
+        stamped=True,
+    )
+    text = TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        mrope_section=(6, 3, 3),
+        mrope_interleaved=True,
+        rope_theta=5e6,
+        qkv_bias=False,
+        qk_norm=True,
+    )
+    return ModelConfig(vision, text, "tiny-qwen3-vl")
+
+
 def match() -> ModelConfig:
     """6.0 million parameters: it comments on simulated matches."""
     vision = VisionConfig(depth=6, hidden_size=192, intermediate_size=416, num_heads=6, out_hidden_size=192, fullatt_block_indexes=(1, 3, 5))
@@ -126,4 +211,6 @@ MODELS = {
     "72b": qwen2_5_vl_72b,
     "qwen2-vl-2b": qwen2_vl_2b,
     "qwen2-vl-7b": qwen2_vl_7b,
+    "qwen3-vl-4b": qwen3_vl_4b,
+    "qwen3-vl-8b": qwen3_vl_8b,
 }

@@ -18,6 +18,10 @@ that was done with all weights trained, moments in float32, and rows full of one
     v5e_256           stage1_7b   15.0 of 17.2 GB    15.4 s, 77%    benchmarks/plan_stage1_7b_v5e_256.json
     v5p_128           stage1_7b   79.5 of 102.0 GB    20.3 s, 100%    benchmarks/plan_stage1_7b_v5p_128.json
     v6e_64            stage1_7b   18.1 of 34.4 GB    13.2 s, 77%    benchmarks/plan_stage1_7b_v6e_64.json
+    v5e_256           stage2_7b   14.6 of 17.2 GB    48.3 s, 76%    benchmarks/plan_stage2_7b_v5e_256.json
+    v5p_128           stage2_7b   74.6 of 102.0 GB    69.8 s, 91%    benchmarks/plan_stage2_7b_v5p_128.json
+    v6e_64            stage2_7b   20.9 of 34.4 GB    41.5 s, 76%    benchmarks/plan_stage2_7b_v6e_64.json
+    v5p_128           stage1_3b   56.3 of 102.0 GB    11.1 s, 100%    benchmarks/plan_stage1_3b_v5p_128.json
     v5p_512           stage1_72b  67.1 of 102.0 GB    60.2 s, 75%    benchmarks/plan_stage1_72b_v5p_512.json
 """
 

@@ -25,8 +25,9 @@ def config() -> RunConfig:
         out="run",
         data=DataConfig(
             {
-                "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.65),
-                "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.25),
+                "placed": DatasetConfig(f"{FOLDER}/placed.jsonl", FOLDER, weight=0.45),
+                "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.25),
+                "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.20),
                 "openings": DatasetConfig(f"{FOLDER}/openings.jsonl", FOLDER, weight=0.10),
             },
             LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from svlm_jax.captions import Caption
 from svlm_jax.checkpoints import load as checkpoint
@@ -26,11 +27,13 @@ from svlm_jax.data.video import Round as VideoRound
 from svlm_jax.data.video import VideoInfo, probe, read_ahead, read_rounds
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
-from svlm_jax.model.quantized import Quantization, as_quantization, quantized_shapes
+from svlm_jax.model.quantized import Quantization, as_quantization, quantized_shapes, quantized_shardings
 from svlm_jax.model.qwen_vl import abstract_params, compute_dtype
-from svlm_jax.programs import Kind, Programs, check_memory, free_memory, size_text, tree_bytes
+from svlm_jax.programs import Kind, Programs, check_memory, device_bytes, free_memory, size_text, tree_bytes
+from svlm_jax.sharding import param_shardings
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.streaming.engine import Round as EngineRound
+from svlm_jax.streaming.placed import mesh_of, rows_sharding
 from svlm_jax.streaming.prompt import encode_query
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Params
@@ -59,33 +62,57 @@ class Checkpoint:
 
     path: Path
     weights: Path
-    config: ModelConfig
+    config: ModelConfig  # as it runs: on a mesh, key-value heads may be repeated
+    stored: ModelConfig  # as the files have it
     tokenizer: Tokenizer
     dtype: np.dtype  # of the parameters once loaded
-    nbytes: int  # once loaded, and quantized
     quantization: Quantization | None = None
+    mesh: Mesh | None = None  # that it is spread over
 
     @classmethod
-    def open(cls, path: Source | None = None, *, weights: Source | None = None, dtype: Any = None, quantize: Quantize = None) -> "Checkpoint":
-        """Looks at config, tokenizer and headers. Raises UserError where they are missing or do not belong together."""
+    def open(
+        cls,
+        path: Source | None = None,
+        *,
+        weights: Source | None = None,
+        dtype: Any = None,
+        quantize: Quantize = None,
+        mesh: Mesh | None = None,
+    ) -> "Checkpoint":
+        """Looks at config, tokenizer and headers. Raises UserError where they are missing, or do not go with each other or with the mesh."""
         folder, name = checkpoint.find(tiny_path() if path is None else os.fspath(path))
         config = read_config(folder, name=name)
         source = folder if weights is None else checkpoint.find(os.fspath(weights))[0]
         opened = open_source(source, config, dtype=dtype)
-        quantization = as_quantization(quantize)
-        nbytes = tree_bytes(quantized_shapes(abstract_params(config, dtype=opened.dtype), quantization))
-        return cls(folder, source, config, Tokenizer.load(described_in(folder)), opened.dtype, nbytes, quantization)
+        tokenizer = Tokenizer.load(described_in(folder))
+        mesh = mesh if mesh is not None and mesh.size > 1 else None
+        spread = checkpoint.on_mesh(config, mesh)
+        return cls(folder, source, spread, config, tokenizer, opened.dtype, as_quantization(quantize) or opened.quantization, mesh)
 
     @property
     def shapes(self) -> Params:
-        """Of the parameters once loaded."""
-        return quantized_shapes(abstract_params(self.config, dtype=self.dtype), self.quantization)
+        """Of the parameters once loaded; on a mesh, with their shardings."""
+        shapes = quantized_shapes(abstract_params(self.config, dtype=self.dtype), self.quantization)
+        if self.mesh is None:
+            return shapes
+        places = quantized_shardings(param_shardings(self.config, self.mesh), self.quantization)
+        return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the parameters once loaded, on all devices together."""
+        return tree_bytes(self.shapes)
 
     def load(self, progress: checkpoint.Progress | None = None) -> LoadedModel:
-        """Reads the parameters onto the default device. `progress` is called with bytes done and in total."""
+        """Reads the parameters onto the default device, or the mesh. `progress` is called with bytes done and in total."""
+        how: dict[str, Any] = {"dtype": self.dtype, "quantize": self.quantization, "progress": progress}
         if self.weights == self.path:
-            return checkpoint.load(self.path, dtype=self.dtype, quantize=self.quantization, progress=progress)
-        params = checkpoint.load_params(self.weights, self.config, dtype=self.dtype, quantize=self.quantization, progress=progress)
+            return checkpoint.load(self.path, mesh=self.mesh, **how)
+        params = (
+            checkpoint.load_params(self.weights, self.stored, **how)
+            if self.mesh is None
+            else checkpoint.load_on_mesh(self.weights, self.stored, self.mesh, **how)
+        )
         return LoadedModel(self.config, params, self.tokenizer, self.path)
 
 
@@ -95,6 +122,7 @@ def load(
     weights: Source | None = None,
     dtype: Any = None,
     quantize: Quantize = None,
+    mesh: Mesh | None = None,
     progress: checkpoint.Progress | None = None,
 ) -> LoadedModel:
     """The model in a directory, of Hugging Face's form or Orbax's (or of that name on the Hub), ready for `stream`.
@@ -105,14 +133,15 @@ def load(
       dtype: of the parameters, the cache and the computation; None keeps what the files hold.
       quantize: "int8" or "fp8" keeps the weights of the decoder's products and of the head in eight bits, and so makes decoding
         faster on less memory; a `Quantization` says which parts. None keeps all as it is.
+      mesh: devices that share the model, from `svlm_jax.sharding.make_mesh(data=..., tensor=...)`; None: the first one alone.
       progress: called with (bytes done, bytes in total) while weights are read.
 
     Raises UserError, one line, for what is wrong with the checkpoint, or where it does not fit into memory.
     """
-    found = Checkpoint.open(path, weights=weights, dtype=dtype, quantize=quantize)
-    free = free_memory()
-    if free is not None and found.nbytes > free:
-        need, have = size_text(found.nbytes), size_text(free)
+    found = Checkpoint.open(path, weights=weights, dtype=dtype, quantize=quantize, mesh=mesh)
+    free, needed = free_memory(), device_bytes(found.shapes)
+    if free is not None and needed > free:
+        need, have = size_text(needed), size_text(free)
         raise UserError(f"the weights in {found.weights} need {need} and {have} are free: use a smaller model")
     return found.load(progress)
 
@@ -155,6 +184,7 @@ class Commentary:
         weights: Source | None = None,
         dtype: Any = None,
         quantize: Quantize = None,
+        mesh: Mesh | None = None,
         start: float = 0.0,
         duration: float | None = None,
         questions: Iterable[Question] = (),
@@ -164,14 +194,15 @@ class Commentary:
 
         Args:
           source: a file or URL.
-          model: from `load`, or what `load` takes (then also `weights`, `dtype` and `quantize`).
+          model: from `load`, or what `load` takes (then also `weights`, `dtype`, `quantize` and `mesh`).
           start, duration: the part of the video to caption, in seconds.
           questions: (time in seconds, text): each is put to the model in the round that contains its time.
           settings: fields of StreamConfig; what is not given is as the model's `streaming.json` has it, if it has one. In mode "full",
             capacity_rounds is the video's length unless given.
         """
         self.model = model if isinstance(model, LoadedModel) else None
-        self.checkpoint = None if isinstance(model, LoadedModel) else Checkpoint.open(model, weights=weights, dtype=dtype, quantize=quantize)
+        how: dict[str, Any] = {"weights": weights, "dtype": dtype, "quantize": quantize, "mesh": mesh}
+        self.checkpoint = None if isinstance(model, LoadedModel) else Checkpoint.open(model, **how)
         known = self.model or self.checkpoint
         assert known is not None
         settings = {**read_stream_settings(known.path), **settings}
@@ -185,7 +216,8 @@ class Commentary:
             rounds = math.ceil((self.end - start) / config.chunk_seconds) + 1  # containers round their durations
             config = dataclasses.replace(config, capacity_rounds=max(2, rounds))
         self.path, tokenizer = known.path, known.tokenizer
-        self._questions = self._place(questions, config)
+        self.mesh = self.checkpoint.mesh if self.checkpoint else mesh_of(known.params)  # type: ignore[union-attr]
+        self._questions = self._placed(questions, config)
         asked = max((len(encode_query(tokenizer, text)) for text in self._questions.values()), default=0)
         room = max(config.question_capacity, asked) if self._questions else 0  # each round runs the room, asked or not
         config = dataclasses.replace(config, question_capacity=room)
@@ -198,7 +230,8 @@ class Commentary:
         )
         self.spec = make_spec(known.config, config, tokenizer, height=size[0], width=size[1])
         self.dtype = self.checkpoint.dtype if self.checkpoint else np.dtype(compute_dtype(model.params))  # type: ignore[union-attr]
-        check_memory(self.spec, self.checkpoint.nbytes if self.checkpoint else 0, self.dtype)
+        check_memory(self.spec, device_bytes(self.checkpoint.shapes) if self.checkpoint else 0, self.dtype, mesh=self.mesh)
+        self._place = None if self.mesh is None else rows_sharding(self.mesh, 1)  # of frames; None: the default device
         self._duration = duration
         self._engine: Engine | None = None
         self._programs: Programs | None = None
@@ -322,7 +355,7 @@ class Commentary:
         usual = [1] if rounds is None or rounds > 1 else []
         return list(dict.fromkeys(self._kind(index) for index in (0, *usual)))
 
-    def _place(self, questions: Iterable[Question], config: StreamConfig) -> dict[int, str]:
+    def _placed(self, questions: Iterable[Question], config: StreamConfig) -> dict[int, str]:
         """The text asked in each round. UserError for a question outside of what is captioned."""
         placed: dict[int, list[str]] = {}
         for when, text in questions:
@@ -338,7 +371,7 @@ class Commentary:
         for video in read_rounds(
             self.source, fps=s.fps, chunk_seconds=s.chunk_seconds, start=self.start, duration=self._duration, size=size
         ):
-            yield video, jax.device_put(np.ascontiguousarray(video.frames.transpose(0, 3, 1, 2))[None])
+            yield video, jax.device_put(np.ascontiguousarray(video.frames.transpose(0, 3, 1, 2))[None], self._place)
 
 
 def stream_config(settings: Mapping[str, Any]) -> StreamConfig:

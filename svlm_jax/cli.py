@@ -15,6 +15,7 @@ from svlm_jax.errors import UserError
 COMMANDS = {  # each a module of svlm_jax.commands, imported only when it is called
     "caption": "comment on a video, on the terminal and in caption files",
     "serve": "comment on many live videos, over HTTP and WebSockets, with a page to watch them",
+    "watch": "watch a stream of a server: its words as they come",
     "bench": "measure how fast this device is",
     "eval": "compare commentaries on benchmarks: generate, merge, judge, report",
     "plan": "say what a run takes of TPUs or GPUs that are not here",

@@ -11,7 +11,8 @@ Mode = Literal["streaming", "full", "windows", "recompute"]
 Positions = Literal["contiguous", "append"]
 KeysValues = Literal["int8"]
 VisionNorm = Literal["rms", "layer"]
-VisionMlp = Literal["swiglu", "quick_gelu"]
+VisionMlp = Literal["swiglu", "quick_gelu", "gelu_tanh"]
+Pixels = Literal["clip", "symmetric"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,9 +22,12 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), and what sets that of Qwen2-VL apart (arXiv 2409.12191).
+    """The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1.1), and what sets those of Qwen2-VL and Qwen3-VL apart.
 
-    Qwen2-VL has norm "layer", mlp "quick_gelu", no windows and no rate of temporal positions.
+    Qwen2-VL (arXiv 2409.12191) has norm "layer", mlp "quick_gelu", no windows and no rate of temporal positions. Qwen3-VL
+    (arXiv 2511.21631) has neither windows nor a rate: its tower is SigLIP 2's (norm "layer", mlp "gelu_tanh", learned positions
+    beside the rotary ones, a bias in the patch embedding), some of its blocks feed the decoder's first layers (DeepStack, arXiv
+    2406.04334), and clips are stamped.
     """
 
     depth: int  # transformer blocks
@@ -40,6 +44,11 @@ class VisionConfig:
     in_channels: int = 3
     norm: VisionNorm = "rms"  # of blocks and merger; "layer" has biases
     mlp: VisionMlp = "swiglu"  # of the blocks
+    pixels: Pixels = "clip"  # what colours are normalised by: CLIP's statistics, or to [-1, 1]
+    patch_bias: bool = False  # whether the patch embedding has one
+    position_grid: int = 0  # rows (and columns) of the learned positions, which are stretched over every frame; 0: none
+    deepstack_blocks: tuple[int, ...] = ()  # blocks whose merged output is added behind the decoder's first layers, in this order
+    stamped: bool = False  # whether every pair of frames is a visual of its own behind its time in words (`streaming.prompt.stamp_text`)
     rms_norm_eps: float = 1e-6  # of layer norms as well
 
     def __post_init__(self):
@@ -50,7 +59,16 @@ class VisionConfig:
             f"vision window_size {self.window_size} is less than {self.merged_patch_size} pixels (one merged patch)",
         )
         _require(self.norm in ("rms", "layer"), f"vision norm {self.norm!r} is unknown: rms or layer")
-        _require(self.mlp in ("swiglu", "quick_gelu"), f"vision mlp {self.mlp!r} is unknown: swiglu or quick_gelu")
+        _require(self.mlp in ("swiglu", "quick_gelu", "gelu_tanh"), f"vision mlp {self.mlp!r} is unknown: swiglu, quick_gelu or gelu_tanh")
+        _require(self.pixels in ("clip", "symmetric"), f"vision pixels {self.pixels!r} is unknown: clip or symmetric")
+        _require(
+            all(0 <= block < self.depth for block in self.deepstack_blocks) and list(self.deepstack_blocks) == sorted(set(self.deepstack_blocks)),
+            f"vision deepstack_blocks {self.deepstack_blocks} must be numbers of the {self.depth} blocks, in order",
+        )
+        _require(
+            not (self.stamped and self.tokens_per_second),
+            f"vision tokens_per_second {self.tokens_per_second} has no meaning in stamped clips, where every grid is a visual of its own: set it to 0",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -78,7 +96,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The Qwen2 and Qwen2.5 decoder with three-axis rotary positions (M-RoPE)."""
+    """The Qwen2 and Qwen2.5 decoder with three-axis rotary positions (M-RoPE), and what sets Qwen3's apart (arXiv 2505.09388).
+
+    Qwen3 norms queries and keys, has no biases, and deals its frequency pairs out to the three axes in turn.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -91,6 +112,9 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    qkv_bias: bool = True
+    qk_norm: bool = False  # an RMS norm over each head of queries and keys, before they are rotated
+    mrope_interleaved: bool = False  # pairs go to time, row, column, time, ... while an axis has some left, and to time from then on
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -103,6 +127,17 @@ class TextConfig:
             2 * sum(self.mrope_section) == self.head_dim,
             f"mrope_section {self.mrope_section} must sum to half the head size ({self.head_dim} / 2)",
         )
+        _require(
+            all(self.mrope_axes.count(axis) == pairs for axis, pairs in enumerate(self.mrope_section)),
+            f"mrope_section {self.mrope_section} cannot be interleaved: rows and columns reach past the last of {len(self.mrope_axes)} pairs",
+        )
+
+    @property
+    def mrope_axes(self) -> tuple[int, ...]:
+        """The axis (0 time, 1 row, 2 column) that turns each frequency pair."""
+        if not self.mrope_interleaved:
+            return tuple(axis for axis, pairs in enumerate(self.mrope_section) for _ in range(pairs))
+        return tuple(pair % 3 if pair < 3 * self.mrope_section[pair % 3] else 0 for pair in range(sum(self.mrope_section)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +152,10 @@ class ModelConfig:
         _require(
             self.vision.out_hidden_size == self.text.hidden_size,
             f"vision out_hidden_size {self.vision.out_hidden_size} differs from text hidden_size {self.text.hidden_size}",
+        )
+        _require(
+            len(self.vision.deepstack_blocks) <= self.text.num_hidden_layers,
+            f"vision deepstack_blocks {self.vision.deepstack_blocks} are more than the decoder's {self.text.num_hidden_layers} layers",
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.data.chat import ChatPrompt, Part, lay_out
 from svlm_jax.errors import UserError
-from svlm_jax.model.qwen_vl import bind, compute_dtype, embed_prompt
+from svlm_jax.model.qwen_vl import bind, compute_dtype, deep_rows, embed_prompt, join_features
 from svlm_jax.streaming.layout import Field, Ring, StreamSpec, round_up
 from svlm_jax.streaming.prompt import PromptLayout, spoken_ids
 from svlm_jax.streaming.state import StreamState, init_state
@@ -88,11 +88,12 @@ def ingest_chat(
     spec = state.spec
     model = bind(spec.model, params)
     with jax.named_scope("vision"):
-        features = [model.vision(frames) for frames in visuals]
+        features = join_features([model.vision(frames) for frames in visuals])
     with jax.named_scope("prefill"):
-        x = embed_prompt(model, tokens, jnp.concatenate(features, 1) if features else None, places if features else None)
+        x = embed_prompt(model, tokens, features.embedded if features else None, places)
+        deep = deep_rows(x, features, places)
         chunk = Chunk(tokens, valid, positions, (Run(0, tokens.shape[1], 0),))
-        return first_token(model, state.replace(next_position=end), chunk, x, key, jnp.ones((1,), jnp.bool_))
+        return first_token(model, state.replace(next_position=end), chunk, x, key, jnp.ones((1,), jnp.bool_), deep=deep)
 
 
 _decode = jax.jit(decode, donate_argnames="state")

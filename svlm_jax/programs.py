@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
+from svlm_jax.sharding import state_shardings
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.state import Prompt, slot_bytes, state_shapes
+from svlm_jax.streaming.placed import mesh_of, programs_on
+from svlm_jax.streaming.state import prompt_shapes, slot_bytes, state_shapes
 from svlm_jax.streaming.step import compiled
 from svlm_jax.types import Params
 
@@ -24,6 +27,22 @@ Kind = bool  # whether a round comes with the query
 def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays, or their shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that arrays, or their shapes, take of the memory that `free_memory` looks at: each device's part, or all parts where devices share one."""
+    return sum(math.prod(_part(leaf)) * _copies(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part(leaf: Any) -> tuple[int, ...]:
+    """The shape of what one device holds."""
+    return leaf.sharding.shard_shape(leaf.shape) if isinstance(getattr(leaf, "sharding", None), NamedSharding) else leaf.shape
+
+
+def _copies(leaf: Any) -> int:
+    """How many parts lie in one memory: those of a host's virtual devices do."""
+    mesh = mesh_of(leaf)
+    return mesh.size if mesh is not None and mesh.devices.flat[0].platform == "cpu" else 1
 
 
 def free_memory(device: Any = None) -> int | None:
@@ -45,8 +64,8 @@ def free_memory(device: Any = None) -> int | None:
     return min(free, default=None)
 
 
-def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: int = 1) -> None:
-    """Raises UserError, with nothing allocated, where weights yet to be loaded and the streams' state exceed what is free."""
+def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: int = 1, mesh: Mesh | None = None) -> None:
+    """Raises UserError, with nothing allocated, where weights yet to be loaded (`device_bytes`) and the streams' state exceed what is free."""
     free = free_memory()
     if free is None:
         return
@@ -54,9 +73,10 @@ def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: in
     rounds = {"full": spec.stream.capacity_rounds}.get(spec.stream.mode, spec.stream.vision_window)
     words = spec.stream.text_window * spec.stream.max_new_tokens if spec.stream.mode in ("streaming", "recompute") else 0
     words += spec.stream.text_capacity if spec.stream.text_sliding is None else (spec.stream.text_sink or 0) + spec.stream.text_sliding
-    state = streams * slot_bytes(spec, dtype) * (rounds * math.prod(spec.grid) + words)
+    state = streams * slot_bytes(spec, dtype) * (rounds * math.prod(spec.grid) + words) // (1 if mesh is None else mesh.size)
     if weight_bytes + state <= free:
-        state = tree_bytes(state_shapes(spec, streams, dtype))
+        shapes = state_shapes(spec, streams, dtype)
+        state = device_bytes(shapes if mesh is None else jax.tree.map(_cut, shapes, state_shardings(shapes, mesh)))
     if weight_bytes + state <= free:
         return
     parts = f"weights {size_text(weight_bytes)}, cache {size_text(state)}" if weight_bytes else f"cache {size_text(state)}"
@@ -64,6 +84,10 @@ def check_memory(spec: StreamSpec, weight_bytes: int, dtype: Any, *, streams: in
     raise UserError(
         f"this run needs {size_text(weight_bytes + state)} ({parts}), with {have}: {_way_out(spec.stream, weight_bytes > free)}"
     )
+
+
+def _cut(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def size_text(count: int) -> str:
@@ -86,20 +110,22 @@ class Programs:
     """Compiles what an engine will call. A call of the engine then finds its program in JAX's own cache."""
 
     def __init__(self, spec: StreamSpec, params: Params, dtype: Any, kinds: list[Kind], *, streams: int = 1):
-        """`params` may be shapes. `kinds` are the rounds to come, the first one first: programs start in this order."""
+        """`params` may be shapes, with their shardings on a mesh. `kinds` are the rounds to come, the first one first: programs start in this order."""
+        mesh = mesh_of(params)
+        programs = compiled if mesh is None else programs_on(mesh, spec, streams)
         state, i32 = state_shapes(spec, streams, dtype), np.dtype(np.int32)
         key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
         frames = _shape((streams, spec.stream.frames_per_round, 3, spec.height, spec.width), np.dtype(np.uint8))
         words = _shape((spec.cache.words_capacity,), i32)
         params = jax.tree.map(_like, params)
-        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, _prompt(spec, streams, kinds[0]), key)}
+        calls: dict[Any, tuple] = {kinds[0]: ("ingest", params, state, frames, prompt_shapes(spec, streams, query=kinds[0]), key)}
         calls["open_stream"] = ("open_stream", params, state, _shape((), i32), words, _shape((), i32))
         calls["decode"] = ("decode", params, state, key)
         for kind in kinds[1:]:
-            calls.setdefault(kind, ("ingest", params, state, frames, _prompt(spec, streams, kind), key))
+            calls.setdefault(kind, ("ingest", params, state, frames, prompt_shapes(spec, streams, query=kind), key))
         # No more at once than there are cores: the first caption waits for the first three alone
         self._pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "compile")
-        self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, *call) for name, call in calls.items()}
+        self._futures: dict[Any, Future] = {name: self._pool.submit(_compile, programs[call[0]], *call[1:]) for name, call in calls.items()}
 
     def ready(self, name: Any) -> bool:
         """Whether `wait` would return at once."""
@@ -125,8 +151,8 @@ class Programs:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(name: str, *arguments: Any) -> Any:
-    return compiled[name].lower(*arguments).compile()
+def _compile(program: Any, *arguments: Any) -> Any:
+    return program.lower(*arguments).compile()
 
 
 def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -135,24 +161,8 @@ def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _like(leaf: Any) -> jax.ShapeDtypeStruct:
     """As a call with this array will look; where the array is pinned to its devices, the program is too."""
-    pinned = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+    pinned = leaf.sharding if not isinstance(leaf, jax.Array) or leaf.committed else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pinned)
-
-
-def _prompt(spec: StreamSpec, streams: int, query: bool) -> Prompt:
-    """The shapes of `Engine.prompt`."""
-
-    def ids(present: bool, size: int) -> tuple[Any, Any]:
-        i32 = np.dtype(np.int32)
-        return (_shape((streams, size), i32), _shape((streams,), i32)) if present else (None, None)
-
-    active: Any = _shape((streams,), np.dtype(np.bool_))
-    return Prompt(
-        *ids(True, spec.time_capacity),
-        active,
-        *ids(spec.stream.question_capacity > 0, spec.stream.question_capacity),
-        *ids(query, spec.query_capacity),
-    )
 
 
 def use_compilation_cache(on: bool = True) -> Path | None:

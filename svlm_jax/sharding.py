@@ -61,7 +61,10 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 
     count = math.prod(sizes.values())
     if count > len(devices):
         text = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise UserError(f"a mesh of {text} needs {count} devices, and there are {len(devices)}: make one of its axes smaller")
+        more = ""
+        if devices and getattr(devices[0], "platform", "") == "cpu":
+            more = f", or have the CPU stand for {count} with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        raise UserError(f"a mesh of {text} needs {count} devices, and there are {len(devices)}: make one of its axes smaller{more}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return Mesh(_arranged(shape, devices[:count]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

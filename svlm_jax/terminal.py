@@ -113,10 +113,11 @@ class LiveView:
         self._drawn = False  # a status line is on the screen
         self._closed = False
 
-    def update(self, caption: Caption, position_s: float, speed: float, cache_fill: float) -> None:
+    def update(self, caption: Caption, position_s: float, speed: float, cache_fill: float, truth: str = "") -> None:
         """Shows one round; silence changes the status alone.
 
-        position_s: how much of the video has been captioned, seconds. speed: seconds of video a second. cache_fill: 0 to 1.
+        position_s: how much of the video has been captioned, seconds. speed: seconds of video a second. cache_fill: 0 to 1. truth: what
+        should have been said, shown below.
         """
         with self._lock:
             self._phase = ""
@@ -124,10 +125,13 @@ class LiveView:
                 self._model_shown = True
                 self.note(self.model_line)
             self._measure(position_s, speed, cache_fill)
-            if caption.silent:
+            mark = f"[{clock(caption.start)}]"
+            if not caption.silent:
+                self._say(mark, printable(caption.text))
+            if truth:
+                self._say(mark if caption.silent else " " * len(mark), f"({printable(truth)})")
+            elif caption.silent:
                 self._show()
-            else:
-                self._say(f"[{clock(caption.start)}]", printable(caption.text))
 
     def status(self, text: str) -> None:
         """Shows a phase, such as "loading", in place of the measurements, until the next round. For a wait of unknown length use `busy`."""

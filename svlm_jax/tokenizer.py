@@ -67,7 +67,7 @@ class Tokenizer:
     def special(self, name: str) -> int:
         """The id of a special token such as `<|im_start|>`; UserError where the tokenizer has none of that name."""
         if name not in self._added:
-            raise UserError(f"{self._source} has no special token {name}: use the tokenizer of a Qwen2-VL or Qwen2.5-VL model")
+            raise UserError(f"{self._source} has no special token {name}: use the tokenizer of a Qwen-VL model")
         return self._added[name]
 
     def encode(self, text: str) -> list[int]:

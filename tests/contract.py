@@ -21,9 +21,11 @@ class Contract:
 
     layout: PromptLayout
     config: StreamConfig
-    grid: tuple[int, int, int]  # of a clip, in merged patches
+    grid: tuple[int, int, int]  # of a clip's visual, in merged patches
     step: Fraction  # positions between temporal grids
     time: int  # the token that every time text starts with
+    stamp: int | None = None  # the one that every stamp starts with, where each pair of frames is a visual behind its stamp
+    visuals: int = 1  # of a clip
     ids: list[int] = dataclasses.field(default_factory=list)
     round: int = 0
     cached: int = 0
@@ -34,6 +36,15 @@ class Contract:
             if tuple(self.ids[i : i + len(head)]) == head:
                 return i, self.ids.index(end, i + len(head))
         raise ValueError("no such block")
+
+    def _clip(self, start: int = 0) -> tuple[int, int]:
+        """[first, last] of the first clip at or after `start`, its stamps included."""
+        first = last = self.ids.index(self.layout.vision_start, start)
+        while self.stamp is not None and self.ids[first] != self.stamp:
+            first -= 1
+        for _ in range(self.visuals):
+            last = self.ids.index(self.layout.vision_end, last + 1)
+        return first, last
 
     def _with_newline(self, span: tuple[int, int]) -> tuple[int, int]:
         first, last = span
@@ -55,11 +66,11 @@ class Contract:
                 self.ids = self.ids[:close] + words + self.ids[close:body] + self.ids[body + len(words) :]
             if c.vision_window > c.text_window:
                 timed = [i for i, token in enumerate(self.ids) if token == self.time][-c.text_window]
-                self.ids = self.ids[:timed] + self.ids[self.ids.index(p.vision_start, timed) :]
+                self.ids = self.ids[:timed] + self.ids[self._clip(timed)[0] :]
             turns = [i for i in range(len(self.ids) - 1) if tuple(self.ids[i : i + 2]) == assistant]
             self._drop(self._with_newline(self._block(assistant, p.im_end, turns[-c.text_window])))
         if self.round >= c.vision_window and c.vision_window < c.text_window:
-            self._drop(self._with_newline(self._block((p.vision_start,), p.vision_end)))
+            self._drop(self._with_newline(self._clip()))
         if self.round >= max(c.text_window, c.vision_window):
             self._drop(self._with_newline(self._block(p.user_head[:2], p.im_end)))
         if self.round > 0 and c.text_sink is not None and c.text_sliding is not None:
@@ -82,7 +93,7 @@ class Contract:
         self.round += 1
 
     def positions(self, ids: list[int] | None = None) -> list[list[Fraction]]:
-        """Contiguous three-axis positions: text counts on, a clip spans its grid, text resumes at the maximum plus one."""
+        """Contiguous three-axis positions: text counts on, a visual spans its grid, text resumes at the maximum plus one."""
         (t, h, w), ids = self.grid, self.ids if ids is None else ids
         out: list[list[Fraction]] = [[], [], []]
         end, i = Fraction(0), 0

@@ -8,14 +8,25 @@ import numpy as np
 from svlm_jax.model.rope import clip_extent, clip_offsets
 
 VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303
-STEPS = {"qwen2_5_vl": Fraction(2), "qwen2_vl": Fraction(1)}  # positions between two grids: 2 a second, and a grid a second; or one a grid
-PARTS = {  # numbers of random words, or (frames, height, width) of a visual in pixels
+PARTS = {  # numbers of random words, or (frames, rows, columns) of a visual in merged patches
     "text": (23,),
-    "image": (4, (1, 84, 140), 6),
-    "clip": (3, (6, 140, 84), 5),
-    "odd clip": (3, (5, 112, 112), 5),
-    "all": (5, (1, 56, 84), 2, (4, 84, 140), 4, (2, 84, 140), 3),
+    "image": (4, (1, 3, 5), 6),
+    "clip": (3, (6, 5, 3), 5),
+    "odd clip": (3, (5, 4, 4), 5),
+    "all": (5, (1, 2, 3), 2, (4, 3, 5), 4, (2, 3, 5), 3),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a family puts a visual into a prompt."""
+
+    step: Fraction = Fraction(1)  # positions between two grids
+    side: int = 28  # pixels of a merged patch
+    stamp: int = 0  # words before every grid of a clip, each of which is then a visual of its own
+
+
+RULES = {"qwen2_5_vl": Rule(step=Fraction(2)), "qwen2_vl": Rule(), "qwen3_vl": Rule(side=32, stamp=6)}  # of Qwen2.5-VL: 2 a second, and a grid a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Prompt:
     visuals: tuple[np.ndarray, ...]
 
 
-def prompt(*parts: int | tuple[int, int, int], step: Fraction) -> Prompt:
+def prompt(*parts: int | tuple[int, int, int], rule: Rule) -> Prompt:
     rng = np.random.default_rng(0)
     tokens, positions, places, visuals, next_position = [], [], [], [], 0
 
@@ -43,17 +54,20 @@ def prompt(*parts: int | tuple[int, int, int], step: Fraction) -> Prompt:
             write(rng.integers(3, 290, part).tolist())
             continue
         frames, height, width = part
-        visuals.append(rng.integers(0, 256, (frames, 3, height, width), dtype=np.uint8))
-        grid = (-(-frames // 2), height // 28, width // 28)
-        write([START])
-        count = int(np.prod(grid))
-        places.extend(range(len(tokens), len(tokens) + count))
-        tokens.extend([IMAGE if frames == 1 else VIDEO] * count)
-        positions.extend((next_position + clip_offsets(grid, step, 1)).tolist())
-        next_position += clip_extent(grid, step, 1)
-        write([END])
+        visuals.append(rng.integers(0, 256, (frames, 3, height * rule.side, width * rule.side), dtype=np.uint8))
+        depth = -(-frames // 2)
+        stamped = rule.stamp and frames > 1
+        for grid in [(1, height, width)] * depth if stamped else [(depth, height, width)]:
+            write(rng.integers(3, 290, rule.stamp if stamped else 0).tolist())
+            write([START])
+            count = int(np.prod(grid))
+            places.extend(range(len(tokens), len(tokens) + count))
+            tokens.extend([IMAGE if frames == 1 else VIDEO] * count)
+            positions.extend((next_position + clip_offsets(grid, rule.step, 1)).tolist())
+            next_position += clip_extent(grid, rule.step, 1)
+            write([END])
     return Prompt(np.array(tokens), np.array(positions, np.int32), np.array(places, np.int32), tuple(visuals))
 
 
 def prompts(family: str) -> dict[str, Prompt]:
-    return {name: prompt(*parts, step=STEPS[family]) for name, parts in PARTS.items()}
+    return {name: prompt(*parts, rule=RULES[family]) for name, parts in PARTS.items()}

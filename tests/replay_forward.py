@@ -72,7 +72,7 @@ def produce(case: dict[str, Any]) -> dict[str, Any]:
     features: dict[str, list[np.ndarray]] = {"image": [], "video": []}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     for part, frames in zip((p for p in case["parts"] if not isinstance(p, str)), prompt.visuals, strict=True):
-        features[part[0]].append(np.asarray(vision_features(params, config, jnp.asarray(frames)[None]))[0])
+        features[part[0]].append(np.asarray(vision_features(params, config, jnp.asarray(frames)[None]).embedded)[0])
         patch = config.vision.patch_size
         grids[part[0]].append([-(-len(frames) // 2), frames.shape[2] // patch, frames.shape[3] // patch])
     record = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -10,14 +11,15 @@ import numpy as np
 from contract import Contract
 
 from svlm_jax.config import ModelConfig, StreamConfig
-from svlm_jax.configs.models import tiny, tiny_qwen2_vl
+from svlm_jax.configs.models import tiny, tiny_qwen2_vl, tiny_qwen3_vl
 from svlm_jax.demo.make_tokenizer import TINY
 from svlm_jax.model.qwen_vl import init_params
 from svlm_jax.streaming.engine import Engine, make_spec
+from svlm_jax.streaming.prompt import encode_stamp, stamp_times
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Params
 
-FAMILIES = {"qwen2_5_vl": tiny, "qwen2_vl": tiny_qwen2_vl}
+FAMILIES = {"qwen2_5_vl": tiny, "qwen2_vl": tiny_qwen2_vl, "qwen3_vl": tiny_qwen3_vl}
 
 
 @functools.cache
@@ -29,9 +31,10 @@ def tokenizer() -> Tokenizer:
 def model(layers: int = 1, depth: int = 0, family: str = "qwen2_5_vl") -> tuple[ModelConfig, Params]:
     """A model of `layers` decoder layers and `depth` vision blocks, with random weights that now and then close a turn."""
     config = FAMILIES[family](1024)
+    deepstack = tuple(block for block in config.vision.deepstack_blocks if block < depth)[:layers]
     config = dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, depth=depth),
+        vision=dataclasses.replace(config.vision, depth=depth, deepstack_blocks=deepstack),
         text=dataclasses.replace(config.text, num_hidden_layers=layers),
     )
     return config, init_params(config, jax.random.key(0))
@@ -43,13 +46,15 @@ def engine(
     streams: int = 1,
     layers: int = 1,
     depth: int = 0,
-    height: int = 56,
-    width: int = 84,
+    rows: int = 2,
+    columns: int = 3,
     family: str = "qwen2_5_vl",
     **kwargs: Any,
 ) -> Engine:
+    """An engine for frames of rows x columns tokens."""
     sizes, params = model(layers, depth, family)
-    spec = make_spec(sizes, config, tokenizer(), height=height, width=width, **kwargs)
+    side = sizes.vision.merged_patch_size
+    spec = make_spec(sizes, config, tokenizer(), height=rows * side, width=columns * side, **kwargs)
     return Engine(params, spec, tokenizer(), streams=streams)
 
 
@@ -63,4 +68,13 @@ def frames(engine: Engine, seed: int) -> np.ndarray:
 def contract(engine: Engine) -> Contract:
     spec = engine.spec
     time = engine.tokenizer.encode("Time")[0]
-    return Contract(spec.prompt, spec.stream, spec.grid, Fraction(spec.temporal_step), time)
+    stamp = encode_stamp(engine.tokenizer, 0.0)[0] if spec.model.vision.stamped else None
+    return Contract(spec.prompt, spec.stream, spec.visual_grid, Fraction(spec.temporal_step), time, stamp, len(spec.visuals))
+
+
+def clip_ids(engine: Engine, start: float) -> list[int]:
+    """The tokens of a round's clip."""
+    spec, p = engine.spec, engine.spec.prompt
+    stamps = [encode_stamp(engine.tokenizer, seconds) for seconds in stamp_times(start, spec.stream.frames_per_round, spec.stream.fps)]
+    visual = [p.vision_start, *([p.video_pad] * math.prod(spec.visual_grid)), p.vision_end]
+    return [id for stamp in stamps for id in (*stamp, *visual)] if spec.model.vision.stamped else visual

@@ -25,7 +25,9 @@ VIDEO
 --weights DIR
 --dtype {float32,bfloat16}
 --quantize {int8,fp8}
+--mesh data=N,tensor=N
 --out FILE []
+--truth FILE.jsonl
 --start SECONDS 0.0
 --duration SECONDS
 --no-compilation-cache

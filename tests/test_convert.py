@@ -24,11 +24,11 @@ from svlm_jax.checkpoints.names import name_table
 from svlm_jax.checkpoints.orbax_form import is_orbax
 from svlm_jax.checkpoints.source import finite
 from svlm_jax.commands.progress import ProgressLine, status
-from svlm_jax.configs.models import tiny, tiny_qwen2_vl
+from svlm_jax.configs.models import tiny, tiny_qwen2_vl, tiny_qwen3_vl
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 
-CONFIGS = {"qwen2_5_vl": tiny(96), "qwen2_vl": tiny_qwen2_vl(96)}
+CONFIGS = {"qwen2_5_vl": tiny(96), "qwen2_vl": tiny_qwen2_vl(96), "qwen3_vl": tiny_qwen3_vl(96)}
 INDEX = "model.safetensors.index.json"
 
 

@@ -1,5 +1,6 @@
 """`svlm eval` without a model of ours: result files merged, judged over real HTTP, reported; kills and failures change nothing."""
 
+import argparse
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from svlm_jax.evaluation import cost
 from svlm_jax.evaluation.contestants import parse_contestant
 from svlm_jax.evaluation.endpoint import Reply
 from svlm_jax.evaluation.inf_streams import Game, Piece, Result, cut_segments, merge, merged_bytes, read_games, read_results, said_in
+from svlm_jax.evaluation.inf_streams_run import _watches as watches
 from svlm_jax.evaluation.intervals import bootstrap, wilson
 from svlm_jax.evaluation.journal import Journal, run_folder
 from svlm_jax.evaluation.judge import LONGEST, read_verdict
@@ -269,6 +271,18 @@ def test_segments_and_history():
     before = "Here is Okafor bringing it up for the Herons, guarded by Lindqvist. Okafor to the elbow, kicks it out to Ramirez. Ramirez"
     assert games[0].before(6.11) == before
     assert [len(cut_segments(games, 4.0, 10.0, words)) for words in (30, 31, 38, 46)] == [7, 5, 2, 0] and cut_segments(games, 1000.0, 100.0, 0) == []
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(None, 1), (25, 15), (100, 4), (500, 1)])
+def test_chunks_cover_a_game_and_know_what_was_said(seconds, count):
+    """370 seconds of video from the second 1,000 on, one word a second: each chunk begins after all words up to it."""
+    game = Game("NBA/x.mp4", "", "NBA", tuple(Piece(t, t + 1, f"w{t}") for t in range(1370)))
+    found = watches(argparse.Namespace(start=1000.0, chunk_seconds=seconds, videos="videos"), [game])
+    assert len(found) == count and (found[0].start, found[-1].end) == (1000, 1370)
+    assert all(before.end == after.start for before, after in itertools.pairwise(found))
+    assert all(watch.end - watch.start <= (seconds or 370) for watch in found)
+    for watch in found:
+        assert watch.previous.split() == [f"w{t}" for t in range(int(watch.start))]
 
 
 def test_published_segments(files, tmp_path):

@@ -22,7 +22,7 @@ run = jax.jit(inspect.unwrap(forward), static_argnums=1)  # unwrapped, because t
 
 
 def test_every_family_has_one():
-    assert FAMILIES == ["qwen2_5_vl", "qwen2_vl"]
+    assert FAMILIES == ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
 
 
 @pytest.mark.parametrize("name", ["text", "image", "clip"])  # the clip has several grids

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from svlm_jax.checkpoints.hub_config import read_config, write_config
-from svlm_jax.configs.models import qwen2_5_vl_3b, qwen2_5_vl_7b, tiny
+from svlm_jax.configs.models import qwen2_5_vl_3b, qwen2_5_vl_7b, qwen3_vl_4b, qwen3_vl_8b, tiny
 from svlm_jax.errors import UserError
 
 
@@ -63,8 +63,51 @@ def test_ties_inside_and_outside(tmp_path):
     assert read(tmp_path, write_config(three)) == three
 
 
+def published_qwen3(text: dict | None = None, vision: dict | None = None) -> dict:
+    """What the 4B model's config.json says on the Hub."""
+    return {
+        **{"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": True},
+        "text_config": {
+            **{"attention_bias": False, "dtype": "bfloat16", "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560},
+            **{"intermediate_size": 9728, "model_type": "qwen3_vl_text", "num_attention_heads": 32, "num_hidden_layers": 36},
+            **{"num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 5000000, "tie_word_embeddings": True, "vocab_size": 151936},
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            **(text or {}),
+        },
+        "vision_config": {
+            **{"deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1024},
+            **{"in_channels": 3, "intermediate_size": 4096, "model_type": "qwen3_vl", "num_heads": 16, "num_position_embeddings": 2304},
+            **{"out_hidden_size": 2560, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+            **(vision or {}),
+        },
+    }
+
+
+def test_the_configs_of_qwen3_vl(tmp_path):
+    four, eight = (dataclasses.replace(sizes(), name="") for sizes in (qwen3_vl_4b, qwen3_vl_8b))
+    assert read(tmp_path, published_qwen3()) == four
+    assert read(tmp_path, write_config(four)) == four and read(tmp_path, write_config(eight)) == eight
+    said = write_config(four)
+    for part in ("text_config", "vision_config"):
+        assert {key: said[part][key] for key in published_qwen3()[part]} == published_qwen3()[part]
+
+
 BAD_CONFIGS = {
-    "family": (published(model_type="llava"), r"config\.json has model_type 'llava', which is not supported: the families are qwen2_5_vl, qwen2_vl$"),
+    "chunked rotations": (
+        published_qwen3({"rope_scaling": {"mrope_interleaved": False, "mrope_section": [24, 20, 20]}}),
+        r"text_config\.rope_scaling\.mrope_interleaved = False, which is not supported",
+    ),
+    "biases": (published_qwen3({"attention_bias": True}), r"text_config\.attention_bias = True, which is not supported"),
+    "positions": (published_qwen3(vision={"num_position_embeddings": 2300}), r"num_position_embeddings = 2300, which is not the square"),
+    "deepstack": (published_qwen3(vision={"deepstack_visual_indexes": [5, 24]}), r"deepstack_blocks \(5, 24\) must be numbers of the 24 blocks"),
+    "interleaved": (
+        published_qwen3({"rope_scaling": {"mrope_interleaved": True, "mrope_section": [16, 24, 24]}}),
+        r"mrope_section \(16, 24, 24\) cannot be interleaved",
+    ),
+    "family": (
+        published(model_type="llava"),
+        r"config\.json has model_type 'llava', which is not supported: the families are qwen2_5_vl, qwen2_vl, qwen3_vl$",
+    ),
     "no family": ({}, r"has model_type None"),
     "field": ({k: v for k, v in published().items() if k != "vocab_size"}, r"config\.json has no field vocab_size: take"),
     "vision": ({k: v for k, v in published().items() if k != "vision_config"}, r"has no field vision_config"),

@@ -147,6 +147,7 @@ def test_answers():
     lines = commentate(played, asked)
     for index, question in asked.items():
         kind, said = commentary.question_kind(question), lines[index].answer
+        assert kind in commentary.ASKED
         now = index + 0.25
         if kind == "score":
             assert said == commentary.score_text(played, now)
@@ -154,6 +155,21 @@ def test_answers():
             assert (said == "nobody.") == (played.scene(index + 0.5).holder < 0 or played.scene(index + 0.5).board)
     with pytest.raises(ValueError, match="nobody knows"):
         commentary.answer(played, "who will win?", 10)
+
+
+def test_the_answer_to_who_is_where_says_what_the_picture_shows():
+    played = simulate(4, 60.0)
+    scene, game, words = played.scene(30.5), played.game(30.5), commentary.answer(played, "who is where?", 30).rstrip(".").split()
+    assert words[0] == "ball" and len(words) == 3 + 4 * 2 * match.SIDE
+    found = [words[i : i + 4] for i in range(3, len(words), 4)]
+    cells = [(NUMBERS.index(column), NUMBERS.index(row)) for column, row, _, _ in found]
+    assert cells == sorted(cells)
+    paint = picture.Painter(played)
+    for (column, row), (_, _, kit, number) in zip(cells, found, strict=True):
+        team = game.kits.index(kit)
+        player = team * match.SIDE + game.shirts[team].index(NUMBERS.index(number))
+        at = np.array([picture.WIDTH, picture.HEIGHT]) / 2 + (scene.players[player] - scene.camera) * paint.unit
+        assert (column, row) == tuple((at // 28).astype(int) + 1)
 
 
 def test_pictures_show_ball_numbers_and_kits():
@@ -200,7 +216,7 @@ def test_the_truth_scores_full_marks(played):
     asked = random_questions(played, 30.0)
     lines = commentate(played, asked)
     said = [Said(i, spoken(lines[i]).strip() if i in lines else "", asked.get(i, "")) for i in range(int(played.seconds))]
-    found = report(played, said)
+    found = report([played], [said])
     for key in ("event_precision", "event_recall", "event_f1", "score_accuracy", "score_update_accuracy", "scorer_accuracy", "answer_accuracy"):
         assert found[key] == 1.0, key
     assert found["false_words_per_quiet_minute"] == 0.0 and found["timing_error_s"] < 0.5
@@ -213,9 +229,9 @@ def test_mistakes_are_counted():
     said = [Said(i, lines[i].words if i in lines else "") for i in range(600)]
 
     def changed(**rounds: str) -> dict:
-        return report(played, [Said(each.round, rounds.get(f"r{each.round}", each.text)) for each in said])
+        return report([played], [[Said(each.round, rounds.get(f"r{each.round}", each.text)) for each in said]])
 
-    whole, event = report(played, said), next(event for event in played.events if event.kind == "pass")
+    whole, event = report([played], [said]), next(event for event in played.events if event.kind == "pass")
     index = round_of(event.time)
     # Another player; nothing; the same twice; words of no grammar; two seconds late
     wrong = lines[index].words.replace(f" {NUMBERS[event.player]} ", f" {NUMBERS[event.player % 9 + 1]} ")
@@ -248,6 +264,16 @@ def test_the_command_writes_video_and_truth(tmp_path, capsys):
     annotation = AnnotationFile(out.with_suffix(".jsonl")).annotation(0)
     assert annotation.video == "m.mp4" and annotation.end == 12.0 and annotation.questions
     assert " ".join(word.text for word in annotation.words) == " ".join(line.words for line in commentate(simulate(7, 12.0)).values())
+    # Beside what a model says, here with random weights
+    capsys.readouterr()
+    assert run(["caption", str(out), "--truth", "--max-pixels", str(84 * 112), "--duration", "6", "--max-new-tokens", "2"]) == 0
+    shown = re.findall(r"\((.+)\)\n", capsys.readouterr().out)
+    lines = commentate(simulate(7, 12.0))
+    answers = {int(question.asked): question.answer.strip() for question in annotation.questions if question.asked < 6}
+    told = [" ".join(filter(None, (answers.get(i), lines[i].words if i in lines else ""))) for i in range(6)]
+    assert shown == [text for text in told if text]
+    assert run(["caption", str(out), "--truth", str(tmp_path / "no.jsonl")]) == 1
+    assert "no such annotation file" in capsys.readouterr().err
     for flags, told in (
         (["--out", "m.avi"], "must end in .mp4"),
         (["--out", str(out), "--minutes", "0"], "--minutes"),
@@ -279,6 +305,12 @@ def test_evaluation_from_film_to_measures(tmp_path, capsys):
         assert run(["eval", "match", "--minutes", "30", "--seed", "5", "--baseline", name, "--json", str(out)]) == 0
         assert low <= json.loads(out.read_text())["event_f1"] <= high
     assert "F1 of events" in capsys.readouterr().out
+    # Several matches at once: each as if it were alone, counted together
+    assert run([*flags, "--matches", "2", "--model", str(model), "--captions", str(said), "--video", str(tmp_path), "--vision-window", "3"]) == 0
+    both, lines = json.loads(out.read_text()), [json.loads(line) for line in said.read_text().splitlines()]
+    assert [{key: row[key] for key in row if key != "seed"} for row in lines if row["seed"] == 5] == rows
+    assert both["counts"]["events"] == sum(len(simulate(seed, 12.0).events) for seed in (5, 6)) and both["matches"][0]["event_f1"] == found["event_f1"]
+    assert both["intervals"]["event_f1"] is None or both["intervals"]["event_f1"][0] <= both["event_f1"]
     assert run([*flags, "--model", str(model), "--vision-window", "0"]) == 2
     assert run(["eval", "match", "--minutes", "1", "--model", str(model), "--video", str(tmp_path / "m.mp4")]) == 1
     assert "another film" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -156,6 +157,7 @@ def test_a_plan_of_the_tiny_preset(monkeypatch, capsys, tmp_path):
     code, told = plan(monkeypatch, capsys, "--json", str(file), "remat=full", "attention=xla")
     assert code == 0, told
     assert "sft_tiny on 1 v6e chip, 1 x 1, 1 host: one chip" in told and "fits: in all" in told and "nothing is sent" in told
+    assert re.search(r"\n  20 steps, at least +0\.0 h   0\.0 chip-days\n", told)
     found = json.loads(file.read_text())
     assert found["command"] == "svlm plan sft_tiny --topology=v6e:1x1 remat=full attention=xla"
     state = training.make_trainer(resolve("sft_tiny", []), training.model_of(resolve("sft_tiny", [])), one_mesh(), "cpu").abstract_state()
@@ -207,6 +209,20 @@ def test_what_recipes_say_is_what_was_planned():
         name = found["command"].split()[2]
         config = resolve(name, [word for word in found["command"].split()[3:] if not word.startswith("-")])
         assert found["fits"] and (found["remat"], found["accumulate"]) == (config.remat, config.step.accumulate)
+
+
+def test_the_cost_that_is_told_is_that_of_the_plans():
+    root = Path(__file__).parent.parent
+    told, totals = (root / "docs" / "training.md").read_text(), np.zeros(3)
+    for stage in ("stage1", "stage2"):
+        found = json.loads((root / f"benchmarks/plan_{stage}_7b_h100x8.json").read_text())
+        steps, work = resolve(f"{stage}_7b_h100x8", []).steps, sum(found["operations"].values())
+        bound = max(found["bounds_seconds"][name] for name in ("compute", "memory", "links"))
+        days = np.array([bound * found["chips"], work / (0.47 * 989e12), work / 989e12]) * steps / 86_400
+        assert f"| {steps:,} | {work:.2e} | {days[0]:.1f} | {days[1]:.1f} |" in told
+        totals += days
+    assert f"| both | 3,108 | | {totals[0]:.1f} | {totals[1]:.1f} |" in told
+    assert f"about 128 H100-days; by this count that is an MFU of {100 * totals[2] / 128:.0f}% at most" in told
 
 
 def test_too_little_memory_is_told_with_what_to_change(monkeypatch, capsys, tmp_path):

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from svlm_jax import cli
+from svlm_jax.checkpoints.adapters import read_adapter
 from svlm_jax.checkpoints.convert import convert
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.inspect import inspect
 from svlm_jax.checkpoints.load import find, load, load_params
 from svlm_jax.configs.sft_tiny import config as sft_tiny
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.sharding import make_mesh, param_shardings
 from svlm_jax.training.checkpoint import Checkpoints, describe
@@ -85,7 +88,11 @@ def test_a_run_is_converted_as_its_last_checkpoint_and_loads_like_any_model(plai
     first = flatten(load_params(out / "checkpoints" / "2", trainer.model, stacked=True))
     assert np.any(first["text.layers.qkv"] != state.trained["text.layers.qkv"])
     found = inspect(out)
-    assert found.path == out / "checkpoints" / "3" and found.form == "a training run's form" and found.dtypes == {"float32": 4 * found.parameters}
+    assert (
+        found.path == out / "checkpoints" / "3"
+        and found.form == "a training run's form"
+        and found.dtypes == {"float32": 4 * found.parameters}
+    )
 
 
 def test_a_start_from_another_run_is_exact(plain):
@@ -111,6 +118,43 @@ def test_adapters_are_merged_on_the_way(adapted, tmp_path):
     a, b = (np.asarray(state.trained[f"text.layers.down.lora_{half}"]) for half in "ab")
     wanted = np.asarray(state.frozen["text.layers.down"], np.float32) + 2 * (a @ b)
     np.testing.assert_allclose(exact["text.layers.down"], wanted, atol=1e-6)
+
+
+def test_adapters_alone_are_what_peft_takes(adapted, plain, tmp_path):
+    """q, k and v share what they come from; merged into the run's own base, they are the run's weights."""
+    out, trainer, state = adapted
+    assert cli.run(["convert", str(out), str(tmp_path / "adapter"), "--to", "peft"]) == 0
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (stated["r"], stated["lora_alpha"], stated["base_model_name_or_path"]) == (4, 8.0, str(tiny_path()))
+    text = trainer.model.text
+    assert len(stated["target_modules"]) == 7 * text.num_hidden_layers
+    pairs = read_adapter(tmp_path / "adapter", trainer.model)
+    key, query = (pairs[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "kq")
+    np.testing.assert_array_equal(key.a, query.a)
+    np.testing.assert_array_equal(key.a.T, state.trained["text.layers.qkv.lora_a"][1])
+    heads = np.asarray(state.trained["text.layers.qkv.lora_b"][1])[:, :, -2]  # rank, head, width
+    np.testing.assert_array_equal(key.b.T, heads.reshape(4, -1))
+    base = convert(tiny_path(), tmp_path / "base", form="hf", dtype=np.float32).path
+    merged = convert(base, tmp_path / "merged", form="hf", adapter=tmp_path / "adapter").path
+    wanted = flatten(load_params(find(out)[0], trainer.model, dtype="float32", stacked=True))
+    found = flatten(load(merged, stacked=True).params)
+    for path, leaf in wanted.items():
+        np.testing.assert_allclose(found[path], leaf, atol=1e-6, err_msg=path)
+    half = convert(out, tmp_path / "half", form="peft", dtype=jax.numpy.bfloat16)
+    assert half.nbytes == 2 * sum(leaf.size for leaf in state.trained.values()) + 2 * shared(state)
+    with pytest.raises(UserError, match=r"holds no adapters: those of a run with step.lora.rank above 0"):
+        convert(plain[0], tmp_path / "none", form="peft")
+    with pytest.raises(UserError, match=r"is no training run's checkpoint"):
+        convert(tiny_path(), tmp_path / "none", form="peft")
+    with pytest.raises(UserError, match=r"cannot be merged into adapters alone"):
+        convert(out, tmp_path / "none", form="peft", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "none").exists()
+
+
+def shared(state) -> int:
+    """Numbers that are written more than once: A of q, k and v thrice, of gate and up twice."""
+    return 2 * state.trained["text.layers.qkv.lora_a"].size + state.trained["text.layers.gate_up.lora_a"].size
 
 
 def test_what_is_wrong_with_a_run(plain, adapted, tmp_path):
@@ -146,8 +190,6 @@ def test_the_last_checkpoints_are_kept_and_every_so_many(plain, tmp_path):
 
 
 def test_a_model_of_random_weights_is_described(tmp_path):
-    from svlm_jax.demo.make_tiny import tiny_path
-
     model = read_config(tiny_path())
     describe(tmp_path, model, None, tiny_path(), "bfloat16")
     assert dataclasses.replace(read_config(tmp_path / "model"), name=model.name) == model

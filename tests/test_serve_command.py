@@ -26,6 +26,7 @@ FLAGS = """
 --weights DIR
 --dtype {float32,bfloat16}
 --quantize {int8,fp8}
+--mesh data=N,tensor=N
 --no-compilation-cache
 --fps RATE 2.0
 --chunk SECONDS 1.0

@@ -44,7 +44,7 @@ def prompt_ids(engine: Engine, time: tuple[float, float], *, first: bool, words:
     ids: list[int] = []
     if first:
         ids += [*p.system, *p.previous_text_head, *encode_words(tokens, words), *p.block_close]
-    ids += [*p.user_head, *encode_time(tokens, *time), *encode_query(tokens, question), *spec.clip_tokens]
+    ids += [*p.user_head, *encode_time(tokens, *time), *encode_query(tokens, question), *small.clip_ids(engine, time[0])]
     ids += encode_query(tokens, spec.stream.query) if first else ()
     return [*ids, *p.block_close, *p.assistant_head]
 
@@ -104,9 +104,20 @@ def configs(draw):
 @given(configs(), st.integers(0, 10**6))
 def test_survivors_and_positions_follow_the_contract(config, start):
     """Random windows, texts, rates and turns, with no layers: only the bookkeeping is at stake."""
-    engine = small.engine(config, layers=0, height=28 * random.Random(start).randint(1, 3), width=56)
+    engine = small.engine(config, layers=0, rows=random.Random(start).randint(1, 3), columns=2)
     questions = {3: "Who scored?", 7: "What is the score?"} if config.question_capacity else {}
     expect_contract(engine, 2 * max(config.vision_window, config.text_window) + 5, words=config.previous_text, start=float(start), questions=questions)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "changes"),
+    [(2, 2, {"fps": 1.0, "positions": "append"}), (1, 3, {"fps": 3.0}), (3, 2, {"fps": 4.0, "question_capacity": 0})],
+)
+def test_stamped_clips_follow_the_contract(vision, text, changes):
+    """Stamps grow with the time, and leave with their clip; one, two odd and two even pairs of frames a round."""
+    engine = small.engine(dataclasses.replace(BASE, vision_window=vision, text_window=text, **changes), layers=0, family="qwen3_vl")
+    questions = {3: "Who scored?"} if engine.spec.stream.question_capacity else {}
+    expect_contract(engine, 9, start=95.0, words="A goal!", questions=questions)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +142,8 @@ def test_stored_keys_are_rotated_where_they_stand(vision, text, kv):
     x = rms_norm(params["embedding"][state.tokens[0, text_slots]], layer["attention_norm"], c.rms_norm_eps)
     key = jnp.einsum("td,dkh->tkh", x, layer["qkv"][:, :, -2]) + layer["qkv_bias"][:, -2]
     u = jnp.moveaxis(state.coordinates[0][:, text_slots], 0, 1)
-    cos, sin = mrope_rotation(u, sections=c.mrope_section, theta=c.rope_theta, denominator=spec.unit)
-    fresh = rotate(key, type(mrope_rotation(u, sections=c.mrope_section, theta=c.rope_theta, denominator=1))(cos[:, None], sin[:, None]))
+    cos, sin = mrope_rotation(u, axes=c.mrope_axes, theta=c.rope_theta, denominator=spec.unit)
+    fresh = rotate(key, type(mrope_rotation(u, axes=c.mrope_axes, theta=c.rope_theta, denominator=1))(cos[:, None], sin[:, None]))
     closing = (spec.cache.describe().field[text_slots] == Field.CLOSING)[:, None, None]
 
     def expect_near(rows, true, roundings):
@@ -237,6 +248,23 @@ def test_nothing_evicted_equals_one_plain_causal_forward(family):
         places = np.flatnonzero(seen.tokens == engine.spec.prompt.video_pad)[None]
         logits = forward(engine.params, engine.spec.model, seen.tokens[None], positions, visuals=clips, places=places, denominator=engine.spec.unit)
         np.testing.assert_allclose(np.asarray(turn.watched)[0, 0], np.asarray(logits)[0, -1, list(watch)], atol=1e-4)
+
+
+def test_a_recomputed_sequence_has_its_deep_features_again():
+    """Mode "recompute" after evictions: the plain forward over what is visible, DeepStack's features at the clips that are left."""
+    from svlm_jax.model.qwen_vl import forward
+
+    watch, rounds = tuple(range(0, 1024, 7)), 5
+    engine = small.engine(dataclasses.replace(BASE, mode="recompute"), layers=3, depth=3, watch=watch, family="qwen3_vl")
+    assert len(engine.spec.model.vision.deepstack_blocks) == 2
+    engine.open(0)
+    clips = [small.frames(engine, index) for index in range(rounds)]
+    for index, clip in enumerate(clips):
+        engine.ingest(clip, engine.prompt({0: (index, index + 1)}))
+        seen, turn = visible(engine.state), engine.decode()
+    positions, places = seen.positions.T.astype(np.int32)[None], np.flatnonzero(seen.tokens == engine.spec.prompt.video_pad)[None]
+    logits = forward(engine.params, engine.spec.model, seen.tokens[None], positions, visuals=clips[-2:], places=places)
+    np.testing.assert_allclose(np.asarray(turn.watched)[0, 0], np.asarray(logits)[0, -1, list(watch)], atol=1e-4)
 
 
 def test_no_program_is_compiled_after_the_first_rounds():
@@ -349,7 +377,7 @@ def test_what_does_not_fit_is_named(row_settings, question, message):
 @pytest.mark.parametrize("coordinate", [0, 1, 255, 256, 10**6, 10**6 + 12_345, 10**9, -1, -777])
 @pytest.mark.parametrize("denominator", [1, 2])
 def test_rotations_are_exact_at_any_coordinate(coordinate, denominator):
-    cos, sin = mrope_rotation(jnp.full((1, 3), coordinate, jnp.int32), sections=(16, 24, 24), theta=1e6, denominator=denominator)
+    cos, sin = mrope_rotation(jnp.full((1, 3), coordinate, jnp.int32), axes=(0,) * 16 + (1,) * 24 + (2,) * 24, theta=1e6, denominator=denominator)
     angle = coordinate / denominator * 1e6 ** (-np.arange(64) / 64)
     assert np.abs(np.asarray(cos[0], np.float64) - np.cos(angle)).max() < 1e-6
     assert np.abs(np.asarray(sin[0], np.float64) - np.sin(angle)).max() < 1e-6

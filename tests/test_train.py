@@ -19,11 +19,14 @@ import small_training
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import kills
+from bucket_server import BucketServer
 from kills import checkpoints, course, kill_in_a_save, records, resumed_after
 
+from svlm_jax.checkpoints.load import load
 from svlm_jax.configs.sft_tiny import annotations
 from svlm_jax.configs.sft_tiny import config as sft_tiny
 from svlm_jax.data.batch import IGNORED
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.errors import UserError
 from svlm_jax.training import hosts
 from svlm_jax.training.checkpoint import restore_params
@@ -33,9 +36,9 @@ from svlm_jax.training.flops import operations
 STEPS = 8
 
 
-def start(out: Path, *overrides: str) -> subprocess.Popen:
+def start(out: Path, *overrides: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     """The tiny preset, saved at every second step."""
-    return kills.start(out, f"steps={STEPS}", "checkpoint.every=2", *overrides)
+    return kills.start(out, f"steps={STEPS}", "checkpoint.every=2", *overrides, environment=environment)
 
 
 def asked(count: int) -> list[str]:
@@ -68,13 +71,21 @@ def wait_for(run: subprocess.Popen, out: Path, step: int) -> None:
 def whole(tmp_path_factory):
     """A run that nothing disturbs, evaluated on the way."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    told = ended(start(out, "report.tensorboard=true", *held(out)))
+    told = ended(start(out, "report.tensorboard=true", "profile_steps=3:5", *held(out)))
     assert [record["step"] for record in records(out) if "eval_loss" in record] == [3, 6, 8]
     assert list(course(out)) == list(range(1, STEPS + 1)) and "goodput" in told
     assert any((out / "tensorboard").iterdir())
     saved = json.loads((out / "config.json").read_text())
     assert saved["steps"] == STEPS and saved["checkpoint"]["every"] == 2
     return out
+
+
+def test_a_trace_has_the_steps_that_were_asked_for_and_speaks_as_the_source_does(whole):
+    (file,) = whole.glob("profile/**/*.xplane.pb")
+    events = [event for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [3, 4]
+    for scope in ("jvp(vision)", "jvp(decoder)", "transpose(jvp(decoder))", "transpose(jvp(loss))", "optimizer"):
+        assert f"jit(step)/{scope}/".encode() in file.read_bytes(), scope
 
 
 def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(whole):
@@ -102,6 +113,46 @@ def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(whole):
     ours, theirs = restore_params(whole / "checkpoints"), restore_params(parts / "checkpoints")
     assert set(ours) == {"text", "vision"} and ours["vision"]["blocks"][0]["qkv"].ndim == 4
     np.testing.assert_array_equal(ours["text"]["layers"]["qkv"], theirs["text"]["layers"]["qkv"])
+
+
+def test_a_run_that_lives_in_a_bucket_is_killed_and_goes_on_bit_for_bit(whole, tmp_path):
+    """Annotations, video, checkpoints and all else; the bucket is served over HTTP. What is copied from it is a run like any other."""
+    pytest.importorskip("gcsfs")
+    with BucketServer() as server:
+        objects = server.bucket.objects
+        annotated = annotations(tmp_path).read_text().replace(str(sample_path()), "games/clip.mp4")
+        server.bucket.put("data/a.jsonl", annotated.encode(), {})
+        server.bucket.put("videos/games/clip.mp4", sample_path().read_bytes(), {})
+        places = ["path=gs://bucket/data/a.jsonl", "videos=gs://bucket/videos"]
+        settings = ["out=gs://bucket/run", *(f"data.datasets.sample.{place}" for place in places)]
+
+        def begin() -> subprocess.Popen:
+            return start(whole.with_name("away"), *settings, environment=server.environment)
+
+        def told() -> list[int]:
+            return [json.loads(line)["step"] for line in objects.get("run/metrics.jsonl", (0, b""))[1].splitlines()]
+
+        run = begin()
+        while run.poll() is None and 4 not in told():
+            time.sleep(0.02)
+        assert run.poll() is None, run.communicate()[1]
+        run.kill()
+        run.communicate()
+        begun = {int(name.split("/")[2]) for name in objects if name.startswith("run/checkpoints/")}
+        assert begun <= {2, 4}
+        after = resumed_after(ended(begin()))
+        assert after in (0, *begun)
+        copy = tmp_path / "run"
+        for name, (_, content) in list(objects.items()):
+            if name.startswith("run/") and not name.endswith("/"):
+                file = copy / name.removeprefix("run/")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+    assert course(copy) == course(whole) and checkpoints(copy)[0] == [6, 8]
+    ours, theirs = load(copy).params, load(whole).params
+    np.testing.assert_array_equal(ours["text"]["layers"][0]["qkv"], theirs["text"]["layers"][0]["qkv"])
+    again = json.loads((copy / "config.json").read_text())
+    assert again["out"] == "gs://bucket/run" and (copy / "plots.png").is_file()
 
 
 def test_two_processes_compute_what_one_does_and_one_goes_on(whole):

@@ -20,6 +20,10 @@ class Ceilings:
     copy_tbps: float  # bytes read and written a second by a device copy
     matmul_tflops: float  # a square bfloat16 product of random numbers; a multiply-add is two operations
 
+    def times(self, devices: int) -> "Ceilings":
+        """Of so many devices together, if nothing had to be sent."""
+        return Ceilings(self.copy_tbps * devices, self.matmul_tflops * devices)
+
 
 def measure() -> Ceilings:
     """Runs both on the default device: 1 GiB and 8192^3 on an accelerator, 64 MiB and 512^3 on a CPU. Frees what it allocates."""

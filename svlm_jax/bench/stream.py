@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +28,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from svlm_jax import demo
 from svlm_jax.bench import profile, timeline
 from svlm_jax.bench.ceilings import Ceilings, measure
 from svlm_jax.bench.floors import floors
 from svlm_jax.bench.report import Compilations, Log, device_bytes, host_bytes, percentiles, surroundings, table, write_json
+from svlm_jax.checkpoints.load import load as load_checkpoint
+from svlm_jax.checkpoints.load import on_mesh
+from svlm_jax.commands.device import mesh_of_flag
+from svlm_jax.commands.flags import add_mesh
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.configs.models import MODELS
 from svlm_jax.data import video
@@ -44,9 +49,10 @@ from svlm_jax.model.qwen_vl import abstract_params, compute_dtype, init_params
 from svlm_jax.model.text import DecoderLayer
 from svlm_jax.model.vision import VisionBlock
 from svlm_jax.programs import Programs
+from svlm_jax.sharding import param_shardings
 from svlm_jax.streaming.engine import Engine, Round, make_spec
+from svlm_jax.streaming.placed import check_streams, rows_sharding
 from svlm_jax.streaming.prompt import encode_words
-from svlm_jax.streaming.step import compiled
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params, UInt8
 
@@ -123,16 +129,14 @@ def filler(tokenizer: Tokenizer, count: int) -> str:
     return "".join(pieces)
 
 
-def load_model(name: str, weights: str, log: Log) -> Model:
+def load_model(name: str, weights: str, log: Log, mesh: Mesh | None = None) -> Model:
     """Random weights of a published size, or the checkpoint in a directory; turns cannot close."""
     start, (dtype, kind) = time.perf_counter(), WEIGHTS[weights]
     if name in MODELS:
-        config, tokenizer = MODELS[name](), Tokenizer.load(Path(demo.__file__).with_name("tiny"))
-        params = random_params(config, jax.random.key(0), dtype)
+        config, tokenizer = on_mesh(MODELS[name](), mesh), Tokenizer.load(Path(demo.__file__).with_name("tiny"))
+        params = random_params(config, jax.random.key(0), dtype, mesh)
     else:
-        from svlm_jax.checkpoints.load import load
-
-        found = load(name, dtype=dtype)
+        found = load_checkpoint(name, dtype=dtype, mesh=mesh)
         config, tokenizer, params = found.config, found.tokenizer, found.params
     never_close(config, params, tokenizer.special("<|im_end|>"))
     if kind is not None:
@@ -143,19 +147,25 @@ def load_model(name: str, weights: str, log: Log) -> Model:
     return Model(name, weights, config, params, tokenizer)
 
 
-def random_params(config: ModelConfig, key: Array, dtype: Any) -> Params:
+def random_params(config: ModelConfig, key: Array, dtype: Any, mesh: Mesh | None = None) -> Params:
     """As `init_params`, drawn layer by layer: three small programs instead of one that is compiled for minutes."""
+    places: Any = None if mesh is None else param_shardings(config, mesh)
 
-    def maker(make):
-        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(Declare(nnx.Rngs(params=key), dtype)))))
+    def maker(make, place):
+        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(Declare(nnx.Rngs(params=key), dtype)))), out_shardings=place)
 
     rest = dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, depth=0),
         text=dataclasses.replace(config.text, num_hidden_layers=0),
     )
-    params = jax.jit(lambda key: init_params(rest, key, dtype=dtype))(key)
-    block, layer = maker(lambda declare: VisionBlock(config.vision, declare)), maker(lambda declare: DecoderLayer(config.text, declare))
+    block_place, layer_place, rest_place = None, None, None
+    if mesh is not None:
+        block_place, layer_place = places["vision"]["blocks"][0], places["text"]["layers"][0]
+        rest_place = param_shardings(rest, mesh)
+    params = jax.jit(lambda key: init_params(rest, key, dtype=dtype), out_shardings=rest_place)(key)
+    block = maker(lambda declare: VisionBlock(config.vision, declare), block_place)
+    layer = maker(lambda declare: DecoderLayer(config.text, declare), layer_place)
     params["vision"]["blocks"] = {i: block(jax.random.fold_in(key, i)) for i in range(config.vision.depth)}
     params["text"]["layers"] = {i: layer(jax.random.fold_in(key, 1000 + i)) for i in range(config.text.num_hidden_layers)}
     expected = jax.tree.map(lambda a: (a.shape, a.dtype), abstract_params(config, dtype=dtype))
@@ -166,7 +176,8 @@ def random_params(config: ModelConfig, key: Array, dtype: Any) -> Params:
 def never_close(config: ModelConfig, params: Params, im_end: int) -> None:
     """Zeroes the logit of `<|im_end|>`, in place of the tree's leaf."""
     name, index = ("embedding", (im_end,)) if config.text.tie_word_embeddings else ("head", (slice(None), im_end))
-    params["text"][name] = jax.jit(lambda a: a.at[index].set(0), donate_argnums=0)(params["text"][name])
+    old = params["text"][name]
+    params["text"][name] = jax.jit(lambda a: a.at[index].set(0), donate_argnums=0, out_shardings=old.sharding)(old)
 
 
 def write_clip(path: Path, height: int, width: int, rate: int = CLIP_RATE) -> None:
@@ -197,10 +208,17 @@ def endless(path: str, load: Load, offset: float) -> Iterator[video.Round]:
         start = 0.0
 
 
-@jax.jit
-def planar(frames: UInt8[Array, "B F height width 3"]) -> UInt8[Array, "B F 3 height width"]:
+def _planar(frames: UInt8[Array, "B F height width 3"]) -> UInt8[Array, "B F 3 height width"]:
     """Frames as decoders give them, as the programs take them; on the device this costs microseconds."""
     return jnp.moveaxis(frames, -1, 2)
+
+
+def planar_for(engine: Engine) -> Callable[[Any], Array]:
+    """`_planar` where the engine is: on a mesh, each device gets its own streams' frames."""
+    if engine.mesh is None:
+        return jax.jit(_planar)
+    place = rows_sharding(engine.mesh, engine.streams)
+    return jax.jit(_planar, in_shardings=place, out_shardings=place)
 
 
 class TimedEngine(Engine):
@@ -247,6 +265,7 @@ class Viewer:
 
     def __init__(self, engine: TimedEngine, load: Load, path: str):
         self.engine, self.load, self.number = engine, load, 0
+        self.planar = planar_for(engine)
         self.read_ms = 0.0
         self.lit = 0.0  # when the last frame of the newest round was in host memory
         seconds = video.probe(path).duration or 0.0
@@ -264,7 +283,7 @@ class Viewer:
         self.number += 1
         self.lit = time.perf_counter()
         frames = shown[0].frames[None] if len(shown) == 1 else np.stack([one.frames for one in shown])
-        return self.engine.step(planar(frames), {row: (begin, begin + self.load.chunk_seconds) for row in self.engine.open_rows})
+        return self.engine.step(self.planar(frames), {row: (begin, begin + self.load.chunk_seconds) for row in self.engine.open_rows})
 
     def finish(self, round: Round) -> tuple[dict[int, list[int]], float]:
         """Tokens of a round, and when they were in host memory."""
@@ -286,10 +305,10 @@ class Viewer:
 def program_labels(engine: Engine, viewer: Viewer) -> dict[str, dict[str, profile.Label]]:
     """Scopes of the instructions of both programs; they are compiled already, so this only prints them."""
     spec, streams = engine.spec, engine.streams
-    frames = planar(np.zeros((streams, spec.stream.frames_per_round, spec.height, spec.width, 3), np.uint8))
+    frames = viewer.planar(np.zeros((streams, spec.stream.frames_per_round, spec.height, spec.width, 3), np.uint8))
     prompt = engine.prompt({row: (0.0, 1.0) for row in engine.open_rows})
     calls = {"ingest": (engine.params, engine.state, frames, prompt, engine._key), "decode": (engine.params, engine.state, engine._key)}
-    return dict(profile.labels(compiled[name].lower(*args).compile().as_text() or "") for name, args in calls.items())
+    return dict(profile.labels(engine.programs[name].lower(*args).compile().as_text() or "") for name, args in calls.items())
 
 
 def run_load(model: Model, load: Load, ceilings: Ceilings, log: Log, *, path: str) -> dict[str, Any]:
@@ -375,13 +394,15 @@ def _run(
     first_word = percentiles(milliseconds.pop("first_word"))
     dtype, kind = WEIGHTS[model.weights]
     eight = None if kind is None else KINDS[kind][0]
-    least = floors(engine.spec, ceilings, streams=load.streams, cached_tokens=median_cached, dtype=dtype, weight_dtype=eight)
+    all_devices = ceilings.times(1 if engine.mesh is None else engine.mesh.size)
+    least = floors(engine.spec, all_devices, streams=load.streams, cached_tokens=median_cached, dtype=dtype, weight_dtype=eight)
     settings = dataclasses.asdict(load)
     return {
         **surroundings(),
         "model": model.name,
         "weights": model.weights,
         "kv": load.kv or jnp.dtype(dtype).name,
+        "mesh": {"data": 1, "tensor": 1} if engine.mesh is None else {axis: engine.mesh.shape[axis] for axis in ("data", "tensor")},
         **{name: settings[name] for name in ("mode", "positions", "fps", "chunk_seconds", "height", "width", "streams", "rounds")},
         **{name: settings[name] for name in ("vision_window", "text_window", "text_sink", "text_sliding")},
         "tokens_per_round": float(np.median(said)),
@@ -460,6 +481,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Load()
     parser.add_argument("--model", default="tiny", metavar="{tiny,3b,7b,DIR}", help="random weights of a size, or a checkpoint's directory")
     parser.add_argument("--weights", default="bf16", choices=list(WEIGHTS))
+    add_mesh(parser)
     modes = f"(default: {default.mode}; with --plot all of them)"
     parser.add_argument("--mode", nargs="+", choices=timeline.MODES, metavar="MODE", help=f"{', '.join(timeline.MODES)} {modes}")
     parser.add_argument("--positions", nargs="+", default=[default.positions], choices=["contiguous", "append"])
@@ -515,10 +537,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and not args.json:
         timeline.check_drawing()
+    mesh = mesh_of_flag(args.mesh)
+    for load in loads:
+        check_streams(mesh, load.streams)
     ceilings = None if args.plot else measure()
     if ceilings:
         log(f"ceilings: copy {ceilings.copy_tbps:.3g} TB/s, matrix product {ceilings.matmul_tflops:.4g} TFLOP/s")
-    model = load_model(args.model, args.weights, log)
+    model = load_model(args.model, args.weights, log, mesh)
     results: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         path = args.video

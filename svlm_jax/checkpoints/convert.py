@@ -3,26 +3,31 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from svlm_jax.checkpoints.adapters import Merge, read_adapter
-from svlm_jax.checkpoints.hub_config import read_config
+from svlm_jax.checkpoints.adapters import LowRank, Merge, read_adapter, save_adapter
+from svlm_jax.checkpoints.hub_config import is_text_only, read_config
 from svlm_jax.checkpoints.load import find
-from svlm_jax.checkpoints.orbax_form import is_orbax, library, write_orbax
+from svlm_jax.checkpoints.orbax_form import eight_bits, is_orbax, library, write_orbax
 from svlm_jax.checkpoints.plan import Path_
-from svlm_jax.checkpoints.run_form import described_in, is_run
+from svlm_jax.checkpoints.run_form import RunSource, base_of, described_in, is_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS
 from svlm_jax.checkpoints.save import Progress, copy_companions, write_json, write_weights
-from svlm_jax.checkpoints.source import Parameters, open_source
+from svlm_jax.checkpoints.source import Parameters, finite, open_source
 from svlm_jax.checkpoints.staging import refuse_existing, staged
+from svlm_jax.checkpoints.text_only import TextWithTower
+from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import Quantization, as_quantization, quantized_shapes
+from svlm_jax.model.qwen_vl import abstract_params
 
-Form = Literal["hf", "orbax"]
-TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "run": "a training run's form"}
+Form = Literal["hf", "orbax", "peft"]
+TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "peft": "PEFT's form", "run": "a training run's form"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Converted:
     dtype: np.dtype
     parameters: int  # numbers
     nbytes: int  # of all parameters
+    quantization: Quantization | None = None
 
 
 def convert(
@@ -43,6 +49,8 @@ def convert(
     form: Form | None = None,
     dtype: Any = None,
     adapter: str | Path | None = None,
+    vision_from: str | Path | None = None,
+    quantize: str | Quantization | None = None,
     shard_bytes: float = 5e9,
     progress: Progress | None = None,
 ) -> Converted:
@@ -50,9 +58,12 @@ def convert(
 
     Args:
       source: a directory of either form, a training run's or one of its checkpoints, or a name on the Hub.
-      form: of the target; None is the form that the source does not have, Hugging Face's of a training run.
+      form: of the target; None is the form that the source does not have, Hugging Face's of a training run. "peft" is the adapters
+        alone of a run that trained some.
       dtype: of the target; None keeps every bit, but for what a training run trained in float32 beside frozen weights: it takes their dtype.
       adapter: a LoRA adapter's directory, in PEFT's format, that is merged into the weights.
+      vision_from: where the source is text-only, and only there: the checkpoint that gives the vision tower, config.json, tokenizer and the like.
+      quantize: which weights are kept in eight bits, "int8" or "fp8" for the default ones; in Orbax's form alone.
       shard_bytes: a safetensors file's size at most.
       progress: called with (bytes done, bytes in total).
 
@@ -61,30 +72,71 @@ def convert(
     target = Path(target).expanduser()
     refuse_existing(target)
     folder, _ = find(source)
-    config = read_config(folder)
-    form = form or ("hf" if is_orbax(folder) or is_run(folder) else "orbax")
+    small = as_quantization(quantize)
+    if form == "peft":
+        if adapter is not None:
+            raise UserError(f"{adapter} cannot be merged into adapters alone: convert the weights with it, or the run without")
+        if small is not None:
+            raise UserError("adapters alone are not written in eight bits: choose another dtype")
+        return _adapters_alone(folder, read_config(folder), target, dtype)
+    if small is not None and form == "hf":
+        raise UserError("weights in eight bits are written in Orbax's form alone: leave --to hf out")
+    form = form or ("orbax" if small is not None else "hf" if is_orbax(folder) or is_run(folder) else "orbax")
     if form == "orbax":
         library()  # an error now, rather than after the first gigabyte
-    opened = open_source(folder, config, dtype=dtype)
+    if vision_from is None:
+        about, config = folder, read_config(folder)
+        opened = open_source(folder, config, dtype=dtype)
+    else:
+        if not is_text_only(folder):
+            raise UserError(f"{folder} is not text-only, so its vision tower is its own: leave --vision-from out")
+        about, _ = find(vision_from)
+        config = read_config(about)
+        opened = TextWithTower(folder, open_source(about, config, dtype=dtype), config, dtype=dtype)
+    if opened.quantization is not None and (dtype is None or small is not None):
+        raise UserError(
+            f"{folder} holds weights in {opened.quantization.kind} already, and what was lost on the way does not come back: "
+            "say which dtype to widen them to (--dtype bfloat16), or take the checkpoint they were made from"
+        )
     if opened.dtype not in FLOATS.values():
         raise UserError(f"{opened.dtype.name} cannot be written: choose {', '.join(kind.name for kind in FLOATS.values())}")
     count = sum(math.prod(shape) for shape in opened.shapes.values())
-    total = count * opened.dtype.itemsize
+    stored = jax.tree.leaves(quantized_shapes(abstract_params(config, dtype=opened.dtype), small))
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored)
     merge = None if adapter is None else Merge(read_adapter(adapter, config), config)
     parameters = Parameters(opened, config, merge)
     with staged(target, need=total) as staging:
         if form == "orbax":
-            write_orbax(staging, _counted(parameters, total, progress))
+            groups = parameters.groups()
+            if small is not None:
+                groups = (eight_bits(group, small, tied=config.text.tie_word_embeddings) for group in groups)
+            write_orbax(staging, _counted(groups, total, progress))
         else:
             write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
-        copy_companions(described_in(folder), staging)
-        write_json(staging / "config.json", _described(described_in(folder), opened.dtype))
-    return Converted(target, form, opened.dtype, count, total)
+        copy_companions(described_in(about), staging)
+        write_json(staging / "config.json", _described(described_in(about), opened.dtype))
+    return Converted(target, form, opened.dtype, count, total, small)
 
 
-def _counted(parameters: Parameters, total: int, progress: Progress | None) -> Iterator[dict[Path_, np.ndarray]]:
+def _adapters_alone(folder: Path, config: ModelConfig, target: Path, dtype: Any) -> Converted:
+    if not is_run(folder):
+        raise UserError(f"{folder} is no training run's checkpoint: adapters in PEFT's form are made of a run with step.lora.rank above 0")
+    kind = np.dtype(np.float32 if dtype is None else dtype)
+    pairs: dict[str, LowRank] = {}
+    for name, pair in RunSource(folder, config).adapter().items():
+        with np.errstate(all="ignore"):  # what no longer fits into the dtype is found below
+            pairs[name] = dataclasses.replace(pair, a=pair.a.astype(kind), b=pair.b.astype(kind))
+        if not (finite(pairs[name].a) and finite(pairs[name].b)):
+            raise UserError(
+                f"the adapter of {name} holds numbers that are not finite as {kind.name}: take an earlier checkpoint, or a wider dtype"
+            )
+    count = sum(pair.a.size + pair.b.size for pair in pairs.values())
+    return Converted(save_adapter(pairs, target, base=base_of(folder)), "peft", kind, count, count * kind.itemsize)
+
+
+def _counted(groups: Iterable[dict[Path_, np.ndarray]], total: int, progress: Progress | None) -> Iterator[dict[Path_, np.ndarray]]:
     done = 0
-    for group in parameters.groups():
+    for group in groups:
         size = sum(array.nbytes for array in group.values())
         yield group
         group.clear()

@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face checkpoint, read and written: flat as on the Hub, or nested as transformers 5 saves it."""
+"""`config.json` of a Hugging Face checkpoint, read and written: flat as on the Hub, or nested as transformers 5 and Qwen3-VL have it."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
 from svlm_jax.errors import UserError
 from svlm_jax.tokenizer import Tokenizer
 
-VISION_NORM_EPSILON = 1e-6  # transformers fixes it in code (Qwen2_5_VLVisionBlock, Qwen2VLVisionBlock), so no config.json states it
+VISION_NORM_EPSILON = 1e-6  # transformers fixes it in code (Qwen2_5_VLVisionBlock and its like), so no config.json states it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,49 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
     Raises UserError for a missing, unreadable or unsupported config.json; the message names the field and the file.
     """
     folder = Path(path)
+    file, raw = _read_json(folder)
+    family = FAMILIES.get(raw.get("model_type"))  # type: ignore[arg-type]
+    if raw.get("model_type") == TEXT_ONLY:
+        raise UserError(
+            f"{file} is of a text-only model, and what is wanted has a vision tower as well: take one from a checkpoint whose decoder "
+            "has this size (svlm convert SRC DST --vision-from DIR)"
+        )
+    if family is None:
+        raise UserError(
+            f"{file} has model_type {raw.get('model_type')!r}, which is not supported: the families are {', '.join(sorted(FAMILIES))}"
+        )
+    nested = [part for part in (raw.get("text_config"),) if isinstance(part, dict)]
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        raise UserError(f"{file} has no field vision_config: take the config.json that belongs to these weights")
+    text = _Fields(file, "text_config." if nested else "", *nested, raw)
+    return ModelConfig(family.read_vision(_Fields(file, "vision_config.", vision)), _text(text, family), name or folder.resolve().name)
+
+
+def is_text_only(folder: Path) -> bool:
+    """Whether `folder` holds a model without a vision tower that a Qwen-VL model can have as its decoder."""
+    return _read_json(folder)[1].get("model_type") == TEXT_ONLY
+
+
+def read_decoder(path: str | Path, rotations: TextConfig) -> TextConfig:
+    """The sizes of a text-only model. What it has no word for, how its rotations are shared out to three axes, is as in `rotations`."""
+    file, raw = _read_json(Path(path))
+    fields = _Fields(file, "", raw)
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope = _Fields(file, "rope_scaling.", scaling)
+    rope.must_be("rope_type", "default")
+    rope.must_be("type", "default")
+    size = fields.need("hidden_size", int) // fields.need("num_attention_heads", int)
+    if size != rotations.head_dim:
+        raise UserError(
+            f"{file} describes heads of {size} numbers, and those of the checkpoint that is to give the vision tower have {rotations.head_dim}: "
+            "take one of its own size"
+        )
+    return _decoder(fields, _Fields(file, "", scaling, raw), QWEN2_TEXT, rotations.mrope_section)
+
+
+def _read_json(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, content) of the config.json in `folder`. UserError where there is none, or it describes quantized weights."""
     file = described_in(folder) / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -84,19 +127,9 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
         raise UserError(f"{file} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} is not a JSON object: download it again")
-    family = FAMILIES.get(raw.get("model_type"))  # type: ignore[arg-type]
-    if family is None:
-        raise UserError(
-            f"{file} has model_type {raw.get('model_type')!r}, which is not supported: the families are {', '.join(sorted(FAMILIES))}"
-        )
     if raw.get("quantization_config"):
         raise UserError(f"{file} describes quantized weights, which are not supported: take the bfloat16 checkpoint of the same model")
-    nested = [part for part in (raw.get("text_config"),) if isinstance(part, dict)]
-    vision = raw.get("vision_config")
-    if not isinstance(vision, dict):
-        raise UserError(f"{file} has no field vision_config: take the config.json that belongs to these weights")
-    text = _Fields(file, "text_config." if nested else "", *nested, raw)
-    return ModelConfig(family.read_vision(_Fields(file, "vision_config.", vision)), _text(text), name or folder.resolve().name)
+    return file, raw
 
 
 def _shared(fields: _Fields) -> dict[str, Any]:
@@ -163,49 +196,105 @@ def _write_qwen2(v: VisionConfig) -> dict[str, Any]:
     }
 
 
+QWEN3_VISION = {
+    **{"norm": "layer", "mlp": "gelu_tanh", "window_size": None, "tokens_per_second": 0},
+    **{"pixels": "symmetric", "patch_bias": True, "stamped": True},
+}
+QWEN3_TEXT = {"qkv_bias": False, "qk_norm": True, "mrope_interleaved": True}
+
+
+def _read_qwen3(fields: _Fields) -> VisionConfig:
+    fields.must_be("hidden_act", "gelu_pytorch_tanh")
+    rows = fields.need("num_position_embeddings", int)
+    side = math.isqrt(rows)
+    if side**2 != rows:
+        raise UserError(f"{fields.file} has {fields.prefix}num_position_embeddings = {rows}, which is not the square of a number")
+    return VisionConfig(
+        **_shared(fields),
+        **QWEN3_VISION,  # type: ignore[arg-type]
+        hidden_size=fields.need("hidden_size", int),
+        intermediate_size=fields.need("intermediate_size", int),
+        out_hidden_size=fields.need("out_hidden_size", int),
+        position_grid=side,
+        deepstack_blocks=fields.integers("deepstack_visual_indexes"),
+    )
+
+
+def _write_qwen3(v: VisionConfig) -> dict[str, Any]:
+    return {
+        "deepstack_visual_indexes": list(v.deepstack_blocks),
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": v.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": v.intermediate_size,
+        "model_type": "qwen3_vl",
+        "num_position_embeddings": v.position_grid**2,
+        "out_hidden_size": v.out_hidden_size,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One model_type."""
 
     title: str
     architecture: str  # transformers' class
-    features: Mapping[str, Any]  # fields of VisionConfig that every model of the family shares
+    vision: Mapping[str, Any]  # fields of VisionConfig that every model of the family shares
+    text: Mapping[str, Any]  # and of TextConfig
     read_vision: Callable[[_Fields], VisionConfig]
     write_vision: Callable[[VisionConfig], dict[str, Any]]
+    nested: bool = False  # whether its config.json keeps the decoder's fields in text_config on the Hub as well
+    spelt_as_in_memory: bool = False  # whether the Hub's files name tensors as transformers' modules do (`names.in_memory`)
 
 
+TEXT_ONLY = "qwen2"  # model_type of Qwen2 and Qwen2.5 without a vision tower
+QWEN2_TEXT = {"qkv_bias": True, "qk_norm": False, "mrope_interleaved": False}
+PLAIN_TOWER = {"pixels": "clip", "patch_bias": False, "position_grid": 0, "deepstack_blocks": (), "stamped": False}
 FAMILIES = {  # by model_type; Qwen2-VL first, as its features say more
     "qwen2_vl": Family(
         "Qwen2-VL",
         "Qwen2VLForConditionalGeneration",
-        {"norm": "layer", "mlp": "quick_gelu", "window_size": None, "tokens_per_second": 0},
+        {"norm": "layer", "mlp": "quick_gelu", "window_size": None, "tokens_per_second": 0, **PLAIN_TOWER},
+        QWEN2_TEXT,
         _read_qwen2,
         _write_qwen2,
     ),
     "qwen2_5_vl": Family(
         "Qwen2.5-VL",
         "Qwen2_5_VLForConditionalGeneration",
-        {"norm": "rms", "mlp": "swiglu"},
+        {"norm": "rms", "mlp": "swiglu", **PLAIN_TOWER},
+        QWEN2_TEXT,
         _read_qwen2_5,
         _write_qwen2_5,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3-VL",
+        "Qwen3VLForConditionalGeneration",
+        QWEN3_VISION,
+        QWEN3_TEXT,
+        _read_qwen3,
+        _write_qwen3,
+        nested=True,
+        spelt_as_in_memory=True,
     ),
 }
 
 
 def family_of(config: ModelConfig) -> str:
-    """The model_type that has this vision tower. UserError where none has."""
+    """The model_type that has this vision tower and this decoder. UserError where none has."""
+    parts = {"vision": config.vision, "text": config.text}
+    odd: dict[str, list[str]] = {}
     for model_type, family in FAMILIES.items():
-        if all(getattr(config.vision, name) == value for name, value in family.features.items()):
+        shared = {"vision": family.vision, "text": family.text}
+        odd[model_type] = [f"{part}.{name}" for part, fields in shared.items() for name, value in fields.items() if getattr(parts[part], name) != value]
+        if not odd[model_type]:
             return model_type
-    raise UserError(
-        f"no family has a vision tower of norm {config.vision.norm!r} and mlp {config.vision.mlp!r} with window_size "
-        f"{config.vision.window_size} and tokens_per_second {config.vision.tokens_per_second}: it cannot be exported"
-    )
+    nearest = min(odd, key=lambda model_type: len(odd[model_type]))
+    named = ", ".join(f"{name} = {getattr(parts[name.split('.')[0]], name.split('.')[1])!r}" for name in odd[nearest])
+    raise UserError(f"no family has such a model: {FAMILIES[nearest].title} comes nearest and has no {named}; it cannot be exported")
 
 
-def _text(fields: _Fields) -> TextConfig:
-    fields.must_be("hidden_act", "silu")
-    fields.must_be("use_sliding_window", False)
+def _text(fields: _Fields, family: Family) -> TextConfig:
     # rope_parameters in transformers 5, rope_scaling before; rope_theta has moved from beside it to within it
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling")
     if not isinstance(scaling, dict):
@@ -213,16 +302,28 @@ def _text(fields: _Fields) -> TextConfig:
     rope = _Fields(fields.file, fields.prefix + "rope_scaling.", scaling)
     rope.must_be("rope_type", "default", "mrope")
     rope.must_be("type", "mrope", "default")
-    rope.must_be("mrope_interleaved", False)
+    rope.must_be("mrope_interleaved", family.text["mrope_interleaved"])
     theta = _Fields(fields.file, fields.prefix, scaling, *fields.parts)
+    head_dim = fields.need("head_dim", int) if family.nested else None
+    return _decoder(fields, theta, family.text, rope.integers("mrope_section", 3), head_dim)  # type: ignore[arg-type]
+
+
+def _decoder(
+    fields: _Fields, theta: _Fields, features: Mapping[str, Any], sections: tuple[int, int, int], head_dim: int | None = None
+) -> TextConfig:
+    fields.must_be("hidden_act", "silu")
+    fields.must_be("use_sliding_window", False)
+    fields.must_be("attention_bias", features["qkv_bias"])
     return TextConfig(
+        **features,
         vocab_size=fields.need("vocab_size", int),
         hidden_size=fields.need("hidden_size", int),
         intermediate_size=fields.need("intermediate_size", int),
         num_hidden_layers=fields.need("num_hidden_layers", int),
         num_attention_heads=fields.need("num_attention_heads", int),
         num_key_value_heads=fields.need("num_key_value_heads", int),
-        mrope_section=rope.integers("mrope_section", 3),  # type: ignore[arg-type]
+        head_dim=head_dim,
+        mrope_section=sections,
         rope_theta=theta.need("rope_theta", float),
         rms_norm_eps=fields.need("rms_norm_eps", float, least=0),
         # inside text_config before transformers 5, outside since; either one ties (as Qwen2_5_VLConfig reads it)
@@ -231,58 +332,69 @@ def _text(fields: _Fields) -> TextConfig:
 
 
 def write_config(config: ModelConfig, tokens: TokenIds | None = None, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The config.json of `config`, in the Hub's flat form, which every version of transformers and vLLM reads.
+    """The config.json of `config` as the Hub has it, which every version of transformers that knows the family reads, and vLLM.
 
     Args:
-      tokens: the token ids that it states; Qwen2.5-VL's by default.
+      tokens: the token ids that it states; Qwen2.5-VL's by default, which are Qwen3-VL's too.
       dtype: what the weights are stored as: "bfloat16", "float16" or "float32".
 
     Raises UserError for a config that no config.json can describe.
     """
     v, t, ids, model_type = config.vision, config.text, tokens or TokenIds(), family_of(config)
     family = FAMILIES[model_type]
-    if t.head_dim * t.num_attention_heads != t.hidden_size:  # type: ignore[operator]
+    if not family.nested and t.head_dim * t.num_attention_heads != t.hidden_size:  # type: ignore[operator]
         raise UserError(f"head_dim {t.head_dim} cannot be exported: transformers wants hidden_size / num_attention_heads")
     if v.rms_norm_eps != VISION_NORM_EPSILON:
         raise UserError(f"vision rms_norm_eps {v.rms_norm_eps} cannot be exported: transformers has {VISION_NORM_EPSILON}")
     if v.tokens_per_second != int(v.tokens_per_second):
         raise UserError(f"vision tokens_per_second {v.tokens_per_second} cannot be exported: transformers wants an integer")
-    return {
+    vision = {
+        "depth": v.depth,
+        "in_channels": v.in_channels,
+        "num_heads": v.num_heads,
+        "patch_size": v.patch_size,
+        "spatial_merge_size": v.spatial_merge_size,
+        "temporal_patch_size": v.temporal_patch_size,
+        **family.write_vision(v),
+    }
+    said = {
         "architectures": [family.architecture],
+        "image_token_id": ids.image_pad,
+        "model_type": model_type,
+        "tie_word_embeddings": t.tie_word_embeddings,
+        "video_token_id": ids.video_pad,
+        "vision_end_token_id": ids.vision_end,
+        "vision_start_token_id": ids.vision_start,
+    }
+    decoder = {
         "attention_dropout": 0.0,
         "bos_token_id": ids.end_of_text,
         "eos_token_id": ids.turn_end,
         "hidden_act": "silu",
         "hidden_size": t.hidden_size,
-        "image_token_id": ids.image_pad,
         "initializer_range": 0.02,
         "intermediate_size": t.intermediate_size,
-        "max_position_embeddings": 128_000,
-        "max_window_layers": t.num_hidden_layers,
-        "model_type": model_type,
         "num_attention_heads": t.num_attention_heads,
         "num_hidden_layers": t.num_hidden_layers,
         "num_key_value_heads": t.num_key_value_heads,
         "rms_norm_eps": t.rms_norm_eps,
-        "rope_scaling": {"mrope_section": list(t.mrope_section), "type": "mrope"},
         "rope_theta": t.rope_theta,
         "tie_word_embeddings": t.tie_word_embeddings,
-        "torch_dtype": dtype,
         "use_cache": True,
-        "use_sliding_window": False,
-        "video_token_id": ids.video_pad,
-        "vision_config": {
-            "depth": v.depth,
-            "in_channels": v.in_channels,
-            "in_chans": v.in_channels,  # the Hub's word for it
-            "num_heads": v.num_heads,
-            "patch_size": v.patch_size,
-            "spatial_merge_size": v.spatial_merge_size,
-            "spatial_patch_size": v.patch_size,
-            "temporal_patch_size": v.temporal_patch_size,
-            **family.write_vision(v),
-        },
-        "vision_end_token_id": ids.vision_end,
-        "vision_start_token_id": ids.vision_start,
         "vocab_size": t.vocab_size,
+    }
+    if family.nested:
+        rope = {"mrope_interleaved": t.mrope_interleaved, "mrope_section": list(t.mrope_section), "rope_type": "default"}
+        decoder |= {"attention_bias": t.qkv_bias, "dtype": dtype, "head_dim": t.head_dim, "max_position_embeddings": 262_144}
+        return {**said, "text_config": {**decoder, "model_type": f"{model_type}_text", "rope_scaling": rope}, "vision_config": vision}
+    hub = {"in_chans": v.in_channels, "spatial_patch_size": v.patch_size}  # the Hub's words beside transformers'
+    return {
+        **said,
+        **decoder,
+        "max_position_embeddings": 128_000,
+        "max_window_layers": t.num_hidden_layers,
+        "rope_scaling": {"mrope_section": list(t.mrope_section), "type": "mrope"},
+        "torch_dtype": dtype,
+        "use_sliding_window": False,
+        "vision_config": {**vision, **hub},
     }

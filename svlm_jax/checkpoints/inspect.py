@@ -7,12 +7,14 @@ from pathlib import Path
 from svlm_jax.checkpoints.convert import TITLES
 from svlm_jax.checkpoints.hub_config import FAMILIES, family_of, read_config
 from svlm_jax.checkpoints.load import find
-from svlm_jax.checkpoints.orbax_form import is_orbax, leaf_details
+from svlm_jax.checkpoints.orbax_form import array_metadata, is_orbax, leaf_details
 from svlm_jax.checkpoints.plan import tensors_of, weight_files
 from svlm_jax.checkpoints.run_form import RunSource, described_in, files_of
+from svlm_jax.checkpoints.saved_sharding import saved_sharding
 from svlm_jax.checkpoints.source import open_source
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import Quantization
 from svlm_jax.tokenizer import Tokenizer
 
 
@@ -28,7 +30,9 @@ class Inspected:
     vision_parameters: int
     dtypes: dict[str, int]  # bytes on disk of each dtype
     files: tuple[tuple[str, int], ...]  # name and bytes of the weights' files
-    layout: str  # how the arrays are cut
+    layout: str  # how the arrays are cut into chunks
+    sharding: str | None  # how they lay on devices when they were saved, where the form tells
+    quantization: Quantization | None
     tokenizer: str
 
 
@@ -39,8 +43,10 @@ def inspect(path: str | Path) -> Inspected:
     opened = open_source(folder, config, dtype="float32")  # of any dtypes: all that is wanted is that every tensor is accounted for
     sizes = {place: math.prod(shape) for place, shape in opened.shapes.items()}
     dtypes: dict[str, int] = {}
+    sharding = None
     if is_orbax(folder):
-        details = leaf_details(folder)
+        arrays = array_metadata(folder)
+        details, sharding = leaf_details(arrays), saved_sharding(arrays)
         for dtype, _, count in details:
             dtypes[dtype.name] = dtypes.get(dtype.name, 0) + count * dtype.itemsize
         chunked = sum(chunks > 1 for _, chunks, _ in details)
@@ -49,6 +55,7 @@ def inspect(path: str | Path) -> Inspected:
     elif isinstance(opened, RunSource):
         for _, shape, dtype in opened.arrays.values():
             dtypes[dtype.name] = dtypes.get(dtype.name, 0) + math.prod(shape) * dtype.itemsize
+        sharding = saved_sharding(opened.metadata)
         layout = f"{len(opened.arrays)} arrays, layers stacked, each read by slices"
         files = list(files_of(folder))
     else:
@@ -71,6 +78,8 @@ def inspect(path: str | Path) -> Inspected:
         dtypes,
         tuple((str(file.relative_to(folder)), file.stat().st_size) for file in files),
         layout,
+        sharding,
+        opened.quantization,
         words,
     )
 
@@ -79,14 +88,18 @@ def described(found: Inspected) -> list[tuple[str, str]]:
     """The description in lines of (what, text)."""
     v, t, files = found.config.vision, found.config.text, found.files
     windows = "no windows" if v.window_size is None else f"windows of {v.window_size} pixels, whole grid in blocks {list(v.fullatt_block_indexes)}"
+    positions = f", {v.position_grid} x {v.position_grid} learned positions" if v.position_grid else ""
+    deep = f", DeepStack from blocks {list(v.deepstack_blocks)}" if v.deepstack_blocks else ""
     head = "head tied to the embedding" if t.tie_word_embeddings else "head of its own"
+    eight = f"; {', '.join(found.quantization.parts)} in {found.quantization.kind}, and a scale an output" if found.quantization else ""
     return [
         ("family", f"{found.family}, in {found.form}"),
         ("parameters", f"{found.parameters:,}, of them {found.vision_parameters:,} in the vision tower"),
-        ("dtypes", ", ".join(f"{name} {size:,} bytes" for name, size in found.dtypes.items())),
-        ("vision", f"{v.depth} blocks of width {v.hidden_size}, {v.num_heads} heads, patches of {v.patch_size}, {windows}"),
+        ("dtypes", ", ".join(f"{name} {size:,} bytes" for name, size in found.dtypes.items()) + eight),
+        ("vision", f"{v.depth} blocks of width {v.hidden_size}, {v.num_heads} heads, patches of {v.patch_size}, {windows}{positions}{deep}"),
         ("text", f"{t.num_hidden_layers} layers of width {t.hidden_size}, {t.num_attention_heads} heads, {t.num_key_value_heads} key-value heads"),
         ("vocabulary", f"{t.vocab_size:,} rows, {head}; tokenizer: {found.tokenizer}"),
         ("files", f"{len(files)}, {sum(size for _, size in files):,} bytes, the largest {max(size for _, size in files):,}"),
         ("layout", found.layout),
+        *([("sharding", found.sharding)] if found.sharding else []),
     ]

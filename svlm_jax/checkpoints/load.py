@@ -13,18 +13,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from svlm_jax.checkpoints.copying import COPIERS, fill
 from svlm_jax.checkpoints.hub_config import read_config
-from svlm_jax.checkpoints.orbax_form import is_orbax, load_orbax
+from svlm_jax.checkpoints.orbax_form import OrbaxSource, is_orbax, load_orbax
 from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
 from svlm_jax.checkpoints.run_form import described_in, is_run, last_step, load_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.heads import PARTS, repeat_compiled, repeated, repeats
 from svlm_jax.model.quantized import Quantization, as_quantization, quantize_weight
 from svlm_jax.model.quantized import quantize as quantize_params
 from svlm_jax.model.qwen_vl import abstract_params
+from svlm_jax.sharding import param_shardings
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params
 
@@ -37,7 +40,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 class LoadedModel:
     """A checkpoint in memory."""
 
-    config: ModelConfig
+    config: ModelConfig  # of `params`: on a mesh, key-value heads may be repeated
     params: Params
     tokenizer: Tokenizer
     path: Path  # the directory it came from
@@ -50,11 +53,13 @@ def load(
     stacked: bool = False,
     shardings: Any = None,
     quantize: str | Quantization | None = None,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """The model in a directory of Hugging Face's or Orbax's form, or the one of that name (`org/name`) in the local Hub cache or on the Hub.
 
-    The keywords are those of `load_params`. Raises UserError, one line, for whatever is wrong with the checkpoint.
+    With a `mesh` it is spread over that, to be served (`load_on_mesh`). The other keywords are those of `load_params`. Raises UserError,
+    one line, for whatever is wrong with the checkpoint.
     """
     folder, name = find(path)
     config = read_config(folder, name=name)
@@ -64,8 +69,45 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model embeds {config.text.vocab_size}: "
             "use the tokenizer files that belong to these weights"
         )
+    if mesh is not None:
+        assert shardings is None and not stacked, "a mesh says where parameters go"
+        params = load_on_mesh(folder, config, mesh, dtype=dtype, quantize=quantize, progress=progress)
+        return LoadedModel(on_mesh(config, mesh), params, tokenizer, folder)
     params = load_params(folder, config, dtype=dtype, stacked=stacked, shardings=shardings, quantize=quantize, progress=progress)
     return LoadedModel(config, params, tokenizer, folder)
+
+
+def on_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> ModelConfig:
+    """The model as it is served on a mesh: key-value heads are repeated where there are fewer than shards. UserError where that cannot be."""
+    return config if mesh is None else repeated(config, repeats(config, mesh.shape["tensor"]))
+
+
+def load_on_mesh(
+    path: str | Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    dtype: Any = None,
+    quantize: str | Quantization | None = None,
+    progress: Progress | None = None,
+) -> Params:
+    """The parameters of `on_mesh(config, mesh)`, cut over the mesh, from the checkpoint in directory `path`, whose config is `config`."""
+    times, places = repeats(config, mesh.shape["tensor"]), dict(leaves(param_shardings(on_mesh(config, mesh), mesh)))
+    kept = OrbaxSource(Path(path), config, dtype=dtype).quantization if times > 1 and is_orbax(Path(path)) else None
+    if kept is not None:
+        raise UserError(
+            f"{path} holds weights in {kept.kind}, and the key-value heads of such weights are not repeated: choose tensor from the divisors of "
+            f"{config.text.num_key_value_heads}, or take the checkpoint they were made from with --quantize {kept.kind}"
+        )
+
+    def change(name: Path_, array: Array) -> Array:
+        if times == 1 or name[:2] != ("text", "layers") or name[-1] not in PARTS:
+            return array
+        return jax.device_put(repeat_compiled(name[-1], array, times), places[name])
+
+    return load_params(
+        path, config, dtype=dtype, shardings=param_shardings(config, mesh), quantize=quantize, change=change, progress=progress
+    )
 
 
 def find(path: str | Path) -> tuple[Path, str]:
@@ -109,6 +151,7 @@ def load_params(
     stacked: bool = False,
     shardings: Any = None,
     quantize: str | Quantization | None = None,
+    change: Callable[[Path_, Array], Array] | None = None,
     progress: Progress | None = None,
 ) -> Params:
     """The parameters of the checkpoint in directory `path`, laid out as `model.qwen_vl.init_params` lays them out.
@@ -119,7 +162,8 @@ def load_params(
       shardings: where parameters go: None (the default device), one `jax.Device` or `jax.sharding.Sharding` for all, or a
         tree of shardings like the parameters. Each shard is read on its own, from the bytes that it needs.
       quantize: which weights to keep in eight bits, "int8" or "fp8" for the default ones: each is made so as soon as it is on
-        its devices.
+        its devices. A checkpoint that holds them so already is read as it is.
+      change: what becomes of each parameter once it is on its devices, before it is made eight bits.
       progress: called with (bytes done, bytes in total) after every parameter.
 
     Raises UserError, before anything is allocated, where files and config do not match in every tensor.
@@ -128,16 +172,21 @@ def load_params(
     tied = config.text.tie_word_embeddings
 
     def keep(path: Path_, array: Array) -> Any:
+        array = array if change is None else change(path, array)
         axes = None if wanted is None else wanted.inputs(path, array.ndim, tied=tied)
         return array if wanted is None or axes is None else quantize_weight(array, wanted.kind, axes)
 
     if is_orbax(Path(path)):
-        if wanted is not None and stacked:  # layers are read one by one, and stacked at the end
-            return quantize_params(load_params(path, config, dtype=dtype, stacked=True, shardings=shardings, progress=progress), wanted)
+        kept = OrbaxSource(Path(path), config, dtype=dtype).quantization
+        if kept is not None and wanted not in (None, kept):
+            parts = ", ".join(kept.parts)
+            raise UserError(f"{path} holds {parts} in {kept.kind} already: leave the quantization out, or take the checkpoint before it")
+        if kept is None and wanted is not None and stacked:  # layers are read one by one, and stacked at the end
+            whole = load_params(path, config, dtype=dtype, stacked=True, shardings=shardings, change=change, progress=progress)
+            return quantize_params(whole, wanted)
         return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
     if is_run(Path(path)):
-        params = load_run(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress)
-        return params if wanted is None else quantize_params(params, wanted)
+        return load_run(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
     targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
     params: Params = {}
     total, done, files = sum(target.nbytes for target in targets), 0, Mapped()

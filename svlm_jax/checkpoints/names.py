@@ -8,6 +8,7 @@ parameter, and so do gate and up.
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,11 +67,23 @@ def _norm(name: str, path: tuple[str | int, ...], width: int, *, biased: bool) -
     return [_same(name + ".weight", path, (width,)), *bias]
 
 
-MLP_NAMES = {"swiglu": (("gate_proj", "up_proj"), "down_proj"), "quick_gelu": (("fc1",), "fc2")}  # of a vision block: in, out
+class Words(NamedTuple):
+    """What a vision tower's modules are called."""
+
+    mlp_in: tuple[str, ...]  # of a block
+    mlp_out: str
+    merger: tuple[str, str, str]  # its norm, and its products in and out
+
+
+TOWERS = {  # by the MLP of the blocks
+    "swiglu": Words(("gate_proj", "up_proj"), "down_proj", ("ln_q", "mlp.0", "mlp.2")),
+    "quick_gelu": Words(("fc1",), "fc2", ("ln_q", "mlp.0", "mlp.2")),
+    "gelu_tanh": Words(("linear_fc1",), "linear_fc2", ("norm", "linear_fc1", "linear_fc2")),
+}
 
 
 def _vision_mlp(hub: str, at: tuple[str | int, ...], c: VisionConfig) -> list[Piece]:
-    e, f, (inputs, output) = c.hidden_size, c.intermediate_size, MLP_NAMES[c.mlp]
+    e, f, (inputs, output, _) = c.hidden_size, c.intermediate_size, TOWERS[c.mlp]
     pieces = []
     for i, name in enumerate(inputs):
         row = slice(i, i + 1)
@@ -81,12 +94,26 @@ def _vision_mlp(hub: str, at: tuple[str | int, ...], c: VisionConfig) -> list[Pi
     return [*pieces, _linear(f"{hub}{output}.weight", (*at, "down"), (e,), (f,)), _same(f"{hub}{output}.bias", (*at, "down_bias"), (e,))]
 
 
+def _merger(hub: str, at: tuple[str | int, ...], c: VisionConfig, *, joined_norm: bool = False) -> list[Piece]:
+    merged, (norm, inner, outer) = c.hidden_size * c.spatial_merge_size**2, TOWERS[c.mlp].merger
+    return [
+        *_norm(hub + norm, (*at, "merger_norm"), merged if joined_norm else c.hidden_size, biased=c.norm == "layer"),
+        _linear(f"{hub}{inner}.weight", (*at, "merger_in"), (merged,), (merged,)),
+        _same(f"{hub}{inner}.bias", (*at, "merger_in_bias"), (merged,)),
+        _linear(f"{hub}{outer}.weight", (*at, "merger_out"), (c.out_hidden_size,), (merged,)),
+        _same(f"{hub}{outer}.bias", (*at, "merger_out_bias"), (c.out_hidden_size,)),
+    ]
+
+
 def _vision(c: VisionConfig) -> list[Piece]:
     e, n, h, p, biased = c.hidden_size, c.num_heads, c.head_dim, c.patch_size, c.norm == "layer"
-    merged = e * c.spatial_merge_size**2
     root: tuple[str | int, ...] = ("vision",)
     conv = (e, c.in_channels, c.temporal_patch_size, p, p)
     pieces = [Piece("visual.patch_embed.proj.weight", (*root, "patch_embed"), (e, c.patch_features), (1, 0), (), conv)]
+    if c.patch_bias:
+        pieces.append(_same("visual.patch_embed.proj.bias", (*root, "patch_embed_bias"), (e,)))
+    if c.position_grid:
+        pieces.append(_same("visual.pos_embed.weight", (*root, "positions"), (c.position_grid**2, e)))
     for i in range(c.depth):
         hub, at = f"visual.blocks.{i}.", (*root, "blocks", i)
         pieces += [
@@ -98,14 +125,10 @@ def _vision(c: VisionConfig) -> list[Piece]:
             *_norm(hub + "norm2", (*at, "mlp_norm"), e, biased=biased),
             *_vision_mlp(hub + "mlp.", at, c),
         ]
-    return [
-        *pieces,
-        *_norm("visual.merger.ln_q", (*root, "merger_norm"), e, biased=biased),
-        _linear("visual.merger.mlp.0.weight", (*root, "merger_in"), (merged,), (merged,)),
-        _same("visual.merger.mlp.0.bias", (*root, "merger_in_bias"), (merged,)),
-        _linear("visual.merger.mlp.2.weight", (*root, "merger_out"), (c.out_hidden_size,), (merged,)),
-        _same("visual.merger.mlp.2.bias", (*root, "merger_out_bias"), (c.out_hidden_size,)),
-    ]
+    pieces += _merger("visual.merger.", root, c)
+    for i in range(len(c.deepstack_blocks)):
+        pieces += _merger(f"visual.deepstack_merger_list.{i}.", (*root, "deepstack", i), c, joined_norm=True)
+    return pieces
 
 
 def _text(c: TextConfig, stacked: bool) -> list[Piece]:
@@ -127,9 +150,19 @@ def _text(c: TextConfig, stacked: bool) -> list[Piece]:
             _linear(hub + "self_attn.q_proj.weight", (*at, "qkv"), (k, g, h), (d,), index=block(ALL, ALL, query)),
             _linear(hub + "self_attn.k_proj.weight", (*at, "qkv"), (k, 1, h), (d,), index=block(ALL, ALL, key)),
             _linear(hub + "self_attn.v_proj.weight", (*at, "qkv"), (k, 1, h), (d,), index=block(ALL, ALL, value)),
-            _same(hub + "self_attn.q_proj.bias", (*at, "qkv_bias"), (k, g, h), source=(k * g * h,), index=block(ALL, query)),
-            _same(hub + "self_attn.k_proj.bias", (*at, "qkv_bias"), (k, 1, h), source=(k * h,), index=block(ALL, key)),
-            _same(hub + "self_attn.v_proj.bias", (*at, "qkv_bias"), (k, 1, h), source=(k * h,), index=block(ALL, value)),
+        ]
+        if c.qkv_bias:
+            pieces += [
+                _same(hub + "self_attn.q_proj.bias", (*at, "qkv_bias"), (k, g, h), source=(k * g * h,), index=block(ALL, query)),
+                _same(hub + "self_attn.k_proj.bias", (*at, "qkv_bias"), (k, 1, h), source=(k * h,), index=block(ALL, key)),
+                _same(hub + "self_attn.v_proj.bias", (*at, "qkv_bias"), (k, 1, h), source=(k * h,), index=block(ALL, value)),
+            ]
+        if c.qk_norm:
+            pieces += [
+                _same(hub + "self_attn.q_norm.weight", (*at, "query_norm"), (h,), index=block()),
+                _same(hub + "self_attn.k_norm.weight", (*at, "key_norm"), (h,), index=block()),
+            ]
+        pieces += [
             _linear(hub + "self_attn.o_proj.weight", (*at, "out"), (d,), (k, g, h), index=block()),
             _same(hub + "post_attention_layernorm.weight", (*at, "mlp_norm"), (d,), index=block()),
             _linear(hub + "mlp.gate_proj.weight", (*at, "gate_up"), (1, f), (d,), index=block(ALL, slice(0, 1))),

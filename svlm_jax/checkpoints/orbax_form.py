@@ -3,6 +3,7 @@
     config.json, tokenizer.json, ...    as in the Hugging Face form
     params/                             an Orbax checkpoint of the nested dict of parameters, layers apart and not stacked
 
+A weight in eight bits (`model.quantized`) is a dict of its `values` and its `scale`.
 Arrays are cut into chunks, so that a device reads little more than its shard.
 """
 
@@ -24,12 +25,14 @@ from svlm_jax.checkpoints.layouts import to_stacked
 from svlm_jax.checkpoints.plan import Path_, leaves, some
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import KINDS, Quantization, Quantized, cut, parts_of, quantize_weight, quantized_shapes
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
 from svlm_jax.types import Array, Params
 
 PARAMS = "params"
 Keep = Callable[[Path_, Array], Any]  # what is kept of a parameter that has been read
 CHUNK_BYTES = 32 << 20
+VALUES, SCALE = "values", "scale"  # of a weight in eight bits
 GROUP_BYTES = 512 << 20  # of parameters read or written together
 MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
 
@@ -68,7 +71,11 @@ class OrbaxSource:
         self.folder = folder
         stored = {_words(path): leaf for path, leaf in leaves(_metadata(folder))}
         abstract = {path: leaf.shape for path, leaf in leaves(abstract_params(config))}
-        names = {_words(path): path for path in abstract}
+        small = [path for path in abstract if (*_words(path), VALUES) in stored]
+        self.quantization = _quantization(folder, [stored[*_words(path), VALUES].dtype for path in small], parts_of(small))
+        self._tied = config.text.tie_word_embeddings
+        arrays = {path: leaf.shape for path, leaf in leaves(_apart(quantized_shapes(abstract_params(config), self.quantization)))}
+        names = {_words(path): path for path in arrays}
         dotted = {".".join(words) for words in names.keys() - stored.keys()}
         if dotted:
             raise UserError(f"{folder} lacks parameter {some(dotted)}, which config.json calls for: convert it again, or use its own config.json")
@@ -78,34 +85,74 @@ class OrbaxSource:
         self.dtypes: dict[Path_, np.dtype] = {}
         for words, path in names.items():
             found = tuple(stored[words].shape)
-            if found != abstract[path]:
+            if found != arrays[path]:
                 raise UserError(
-                    f"parameter {'.'.join(words)} in {folder} has shape {list(found)}, but config.json describes {list(abstract[path])}: "
+                    f"parameter {'.'.join(words)} in {folder} has shape {list(found)}, but config.json describes {list(arrays[path])}: "
                     "use its own config.json"
                 )
             self.dtypes[path] = np.dtype(stored[words].dtype)
-        self.shapes = abstract
+        self.shapes, self._arrays = abstract, arrays
         self.dtype = np.dtype(dtype) if dtype is not None else self._one_dtype()
 
     def _one_dtype(self) -> np.dtype:
-        kinds = sorted({dtype.name for dtype in self.dtypes.values()})
+        plain = {path: dtype for path, dtype in self.dtypes.items() if path[-1] not in (VALUES, SCALE)}
+        kinds = sorted({dtype.name for dtype in plain.values()})
         if len(kinds) > 1:
             raise UserError(f"{self.folder} holds parameters of {', '.join(kinds)}: say which dtype to load")
-        return next(iter(self.dtypes.values()))
+        return next(iter(plain.values()))
+
+    def summed(self, path: Path_) -> tuple[int, ...] | None:
+        """The axes that products sum over, of a weight in eight bits; None of any other parameter."""
+        return None if self.quantization is None else self.quantization.inputs(path, len(self.shapes[path]), tied=self._tied)
+
+    def arrays(self, path: Path_) -> dict[Path_, tuple[int, ...]]:
+        """The arrays that a parameter is stored as, and their shapes: itself, or its values and their scale."""
+        kept = [path] if self.summed(path) is None else [(*path, VALUES), (*path, SCALE)]
+        return {array: self._arrays[array] for array in kept}
 
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
-        """These parameters, whole, as `dtype`."""
+        """These parameters, whole, as `dtype`; eight bits times their scale, where they are kept so."""
         # Orbax makes an array of what it is shown: a view of one number takes no memory
-        wanted = [(path, np.broadcast_to(np.zeros((), self.dtypes[path]), self.shapes[path])) for path in paths]
-        found = dict(leaves(_read(self.folder, _tree(wanted))))
+        arrays = {array: shape for path in paths for array, shape in self.arrays(path).items()}
+        wanted = [(array, np.broadcast_to(np.zeros((), self.dtypes[array]), shape)) for array, shape in arrays.items()]
+        stored = dict(leaves(_read(self.folder, _tree(wanted))))
+
+        def whole(path: Path_) -> np.ndarray:
+            axes, words = self.summed(path), _words(path)
+            if axes is None:
+                return stored.pop(words)
+            return stored.pop((*words, VALUES)).astype(np.float32) * np.expand_dims(stored.pop((*words, SCALE)), axes)
+
         with np.errstate(all="ignore"):  # what no longer fits into a narrower dtype becomes infinite
-            return {path: found.pop(_words(path)).astype(self.dtype, copy=False) for path in paths}
+            return {path: whole(path).astype(self.dtype, copy=False) for path in paths}
 
 
-def leaf_details(folder: Path) -> list[tuple[np.dtype, int, int]]:
-    """(dtype, chunks, numbers) of every array."""
+def _quantization(folder: Path, dtypes: Sequence[Any], parts: tuple[str, ...]) -> Quantization | None:
+    """What of the model is in eight bits, by the dtypes of the values."""
+    if not dtypes:
+        return None
+    kind = next((kind for kind, (dtype, _) in KINDS.items() if all(np.dtype(found) == dtype for found in dtypes)), None)
+    if kind is None:
+        raise UserError(f"{folder} holds values of {some({np.dtype(found).name for found in dtypes})}, which must all be {' or '.join(KINDS)}")
+    return Quantization(kind, parts)
+
+
+def _apart(params: Any) -> Any:
+    """The tree with the two arrays of every weight in eight bits as a dict."""
+    if isinstance(params, dict):
+        return {key: _apart(node) for key, node in params.items()}
+    return {VALUES: params.values, SCALE: params.scale} if isinstance(params, Quantized) else params
+
+
+def array_metadata(folder: Path) -> list[Any]:
+    """Orbax's own, of every array."""
+    return [leaf for _, leaf in leaves(_metadata(folder))]
+
+
+def leaf_details(arrays: Iterable[Any]) -> list[tuple[np.dtype, int, int]]:
+    """(dtype, chunks, numbers) of every array, from its metadata."""
     details = []
-    for _, leaf in leaves(_metadata(folder)):
+    for leaf in arrays:
         storage = leaf.storage_metadata
         chunk = storage.chunk_shape if storage is not None and storage.chunk_shape is not None else leaf.shape
         chunks = math.prod(-(-n // c) for n, c in zip(leaf.shape, chunk, strict=True))
@@ -125,18 +172,49 @@ def load_orbax(
     source = OrbaxSource(folder, config, dtype=dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: Params = {}
-    total, done = sum(math.prod(shape) * source.dtypes[path].itemsize for path, shape in source.shapes.items()), 0
+    if stacked and source.quantization is not None:
+        raise UserError(f"{folder} holds weights in {source.quantization.kind}, which are not for training: take the checkpoint they were made from")
+
+    def shown(path: Path_) -> list[tuple[Path_, jax.ShapeDtypeStruct]]:
+        """The arrays of a parameter as they shall come: eight bits as they are, and cut as the weight would be."""
+        sharding, axes = _place(path, places, stacked) or default, source.summed(path)
+        if axes is None:
+            return [(path, jax.ShapeDtypeStruct(source.shapes[path], source.dtype, sharding=sharding))]
+        two = cut(sharding, axes, len(source.shapes[path])) if isinstance(sharding, NamedSharding) else Quantized(sharding, sharding)
+        arrays = zip(source.arrays(path).items(), (two.values, two.scale), strict=True)
+        return [(array, jax.ShapeDtypeStruct(shape, source.dtypes[array], sharding=place)) for (array, shape), place in arrays]
+
+    def nbytes(path: Path_) -> int:
+        return sum(math.prod(shape) * source.dtypes[array].itemsize for array, shape in source.arrays(path).items())
+
+    total, done = sum(nbytes(path) for path in source.shapes), 0
     for group in grouped(source.shapes, source.dtype.itemsize):
-        wanted = [(path, jax.ShapeDtypeStruct(source.shapes[path], source.dtype, sharding=_place(path, places, stacked) or default)) for path in group]
-        found = dict(leaves(_read(folder, _tree(wanted))))
+        found = dict(leaves(_read(folder, _tree(one for path in group for one in shown(path)))))
         for path in group:
-            _put(params, path, keep(path, found.pop(_words(path))))
-            done += math.prod(source.shapes[path]) * source.dtypes[path].itemsize
+            words = _words(path)
+            if source.summed(path) is None:
+                _put(params, path, keep(path, found.pop(words)))
+            else:
+                _put(params, path, Quantized(found.pop((*words, VALUES)), found.pop((*words, SCALE))))
+            done += nbytes(path)
         if progress is not None:
             progress(done, total)
     jax.block_until_ready(params)
     assert not is_stacked(params)
     return to_stacked(params) if stacked else params
+
+
+def eight_bits(group: Mapping[Path_, np.ndarray], quantization: Quantization, *, tied: bool) -> dict[Path_, np.ndarray]:
+    """The arrays that parameters are stored as where the chosen ones are kept in eight bits."""
+    found: dict[Path_, np.ndarray] = {}
+    for path, array in group.items():
+        axes = quantization.inputs(path, array.ndim, tied=tied)
+        if axes is None:
+            found[path] = array
+        else:
+            small = quantize_weight(jax.numpy.asarray(array), quantization.kind, axes)
+            found |= {(*path, VALUES): np.asarray(small.values), (*path, SCALE): np.asarray(small.scale)}
+    return found
 
 
 def _place(path: Path_, places: Mapping[Path_, Any], stacked: bool) -> Any:
@@ -167,7 +245,7 @@ def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int =
 
 
 def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None:
-    """Writes the parameters, asked for group by group, as `folder`/params. OSError where the disk cannot take them."""
+    """Writes arrays, asked for group by group, as `folder`/params. OSError where the disk cannot take them."""
     ocp = library()
     target = (folder / PARAMS).absolute()
     context = ocp.Context()

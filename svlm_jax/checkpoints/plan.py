@@ -57,16 +57,17 @@ class Target:
         return sum(block.stored.nbytes for block in self.blocks)
 
 
-def plan(folder: Path, config: ModelConfig, *, dtype: Any = None, stacked: bool = False) -> list[Target]:
+def plan(folder: Path, config: ModelConfig, *, dtype: Any = None, stacked: bool = False, tower: bool = True) -> list[Target]:
     """Every parameter with its sources, each tensor used once and each block filled once.
 
     Args:
       dtype: of the parameters; None keeps what the files hold, which must then be one dtype throughout.
+      tower: whether the files hold a vision tower; without one, the plan is the decoder's alone.
 
     Raises UserError naming the first tensor or file that is missing, unexpected, of the wrong shape, or no float.
     """
     tensors = tensors_of(folder)
-    pieces = name_table(config, stacked=stacked)
+    pieces = [piece for piece in name_table(config, stacked=stacked) if tower or piece.path[0] != "vision"]
     if config.text.tie_word_embeddings and HEAD in tensors:
         _check_tied(tensors.pop(HEAD), tensors.get(EMBEDDING))
     _check_names({piece.name for piece in pieces}, tensors, folder)
@@ -84,7 +85,7 @@ def plan(folder: Path, config: ModelConfig, *, dtype: Any = None, stacked: bool 
     sources: dict[Path_, list[Block]] = {}
     for piece in pieces:
         sources.setdefault(piece.path, []).append(Block(piece, tensors[piece.name]))
-    shapes = dict(leaves(abstract_params(config, stacked=stacked)))
+    shapes = {path: leaf for path, leaf in leaves(abstract_params(config, stacked=stacked)) if tower or path[0] != "vision"}
     assert sources.keys() == shapes.keys(), sources.keys() ^ shapes.keys()
     targets = [Target(path, shapes[path].shape, wanted, tuple(blocks)) for path, blocks in sources.items()]
     for target in targets:  # with no two pieces alike (a test of the table), equal sizes mean each block once

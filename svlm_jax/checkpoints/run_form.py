@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from svlm_jax.checkpoints.orbax_form import MARK, library, quiet
+from svlm_jax.checkpoints.adapters import LowRank
+from svlm_jax.checkpoints.names import name_table
+from svlm_jax.checkpoints.orbax_form import MARK, Keep, library, quiet
 from svlm_jax.checkpoints.plan import Path_, leaves, some
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
@@ -52,12 +54,16 @@ def described_in(folder: Path) -> Path:
 class RunSource:
     """A training run's checkpoint, its shapes checked against the config, to be read in groups of parameters."""
 
+    quantization = None
+
     def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
         """Raises UserError naming the first parameter that is missing, unexpected or of another shape."""
-        self.folder = folder
+        self.folder, self._config = folder, config
         self.arrays: dict[str, tuple[str, tuple[int, ...], np.dtype]] = {}  # by dotted path: part, shape, dtype
+        self.metadata: list[Any] = []  # Orbax's own, of every array
         for part in PARTS:
             for name, leaf in _metadata(folder / part).items():
+                self.metadata.append(leaf)
                 self.arrays[name] = (part, tuple(leaf.shape), np.dtype(leaf.dtype))
         wanted = {".".join(map(str, path)): leaf.shape for path, leaf in leaves(abstract_params(config, stacked=True))}
         self._adapted = {name.removesuffix(HALVES[0]) for name in self.arrays if name.endswith(HALVES[0])}
@@ -68,7 +74,9 @@ class RunSource:
         for name, shape in wanted.items():
             if self.arrays[name][1] != shape:
                 found, told = list(self.arrays[name][1]), described_in(folder) / "config.json"
-                raise UserError(f"parameter {name} in {folder} has shape {found}, but {told} describes {list(shape)}: use its own config.json")
+                raise UserError(
+                    f"parameter {name} in {folder} has shape {found}, but {told} describes {list(shape)}: use its own config.json"
+                )
         self._scale = _adapter_scale(folder) if self._adapted else 0.0
         self.shapes = {path: leaf.shape for path, leaf in leaves(abstract_params(config))}
         frozen = [kind for part, _, kind in self.arrays.values() if part == "frozen"]
@@ -92,8 +100,30 @@ class RunSource:
             first, *rest = index or (slice(None),)
             counted = range(*first.indices(self.arrays[name][1][0]))
             return np.stack([self.block((*path[:2], i, path[2]), tuple(rest)) for i in counted])
-        weight, (a, b) = self._stored(name, layer).astype(np.float32), (self._stored(name + half, layer).astype(np.float32) for half in HALVES)
+        weight, (a, b) = (
+            self._stored(name, layer).astype(np.float32),
+            (self._stored(name + half, layer).astype(np.float32) for half in HALVES),
+        )
         return (weight + (a @ b.reshape(len(b), -1)).reshape(weight.shape) * np.float32(self._scale))[index or ...]
+
+    def adapter(self) -> dict[str, LowRank]:
+        """The adapters alone, float32, by the canonical names of the weights that they belong to.
+
+        A product that is one parameter here and several weights there (q, k and v; gate and up) has one A, which each of these gets.
+        UserError where the run trained none.
+        """
+        if not self._adapted:
+            raise UserError(f"{self.folder} holds no adapters: those of a run with step.lora.rank above 0 are written in PEFT's form")
+        found = {}
+        for piece in name_table(self._config):
+            *outer, product = map(str, piece.path)
+            name = ".".join([*outer[:2], product])
+            if name not in self._adapted:
+                continue
+            a, b = (self._stored(name + half, (int(outer[2]),)) for half in HALVES)
+            block = b[piece.index or ...]  # rank stands where the inputs do in a weight
+            found[piece.name] = LowRank(np.ascontiguousarray(a.T), np.ascontiguousarray(block.reshape(len(b), -1).T), self._scale)
+        return found
 
     def _stored(self, name: str, index: tuple[Any, ...]) -> np.ndarray:
         import tensorstore  # Orbax's own store
@@ -109,12 +139,13 @@ class RunSource:
 
 
 def load_run(
-    folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], progress: Any = None
+    folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
 ) -> Params:
     """The parameters of `folder` on their devices; each device's part alone is read (of adapted weights a layer at a time).
 
     Args:
       places: the sharding of every parameter, in the layout that is asked for; None is the default device.
+      keep: what is kept of a parameter, by itself, once it is on its devices.
     """
     source = RunSource(folder, config, dtype=dtype)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -129,7 +160,7 @@ def load_run(
         at = params
         for key in path[:-1]:
             at = at.setdefault(key, {})
-        at[path[-1]] = jax.block_until_ready(jax.make_array_from_callback(shape, places[path] or default, part))
+        at[path[-1]] = keep(path, jax.block_until_ready(jax.make_array_from_callback(shape, places[path] or default, part)))
         done += math.prod(shape) * source.dtype.itemsize
         if progress is not None:
             progress(done, total)
@@ -156,10 +187,25 @@ def _metadata(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}): copy the checkpoint again") from error
 
 
+def settings_of(folder: Path) -> Path:
+    """Where the settings are of the run that the checkpoint in `folder` belongs to."""
+    return folder.resolve().parent.parent / "config.json"
+
+
+def base_of(folder: Path) -> str:
+    """The weights that the run of a checkpoint began with, a name or a directory; "" where that is not known."""
+    try:
+        return str(json.loads(settings_of(folder).read_text(encoding="utf-8"))["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _adapter_scale(folder: Path) -> float:
-    file = folder.resolve().parent.parent / "config.json"
+    file = settings_of(folder)
     try:
         lora = json.loads(file.read_text(encoding="utf-8"))["step"]["lora"]
         return float(lora["alpha"]) / int(lora["rank"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder} holds adapters, and {file} does not say how they are scaled (step.lora): copy it from the run") from error
+        raise UserError(
+            f"{folder} holds adapters, and {file} does not say how they are scaled (step.lora): copy it from the run"
+        ) from error

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svlm_jax.checkpoints.hub_config import TokenIds, write_config
-from svlm_jax.checkpoints.names import Index, Piece, name_table
+from svlm_jax.checkpoints.hub_config import FAMILIES, TokenIds, family_of, write_config
+from svlm_jax.checkpoints.names import Index, Piece, in_memory, name_table
 from svlm_jax.checkpoints.plan import INDEX, SINGLE, Path_, leaves
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, write_file
 from svlm_jax.checkpoints.staging import refuse_existing, staged
@@ -117,6 +117,7 @@ def write_weights(
             held = 0
         shards[-1].append(piece)
         held += size
+    spelt = in_memory if FAMILIES[family_of(config)].spelt_as_in_memory else str
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     done, total = 0, sum(sizes)
 
@@ -127,9 +128,9 @@ def write_weights(
             progress(done, total)
 
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, [Outgoing(p.name, word, p.source_shape) for p in shard], _values(shard, parameter), written=tell)
+        write_file(folder / name, [Outgoing(spelt(p.name), word, p.source_shape) for p in shard], _values(shard, parameter), written=tell)
     if len(shards) > 1:
-        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        weight_map = {spelt(piece.name): name for name, shard in zip(names, shards, strict=True) for piece in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 

@@ -1,10 +1,10 @@
 """Checkpoints on disk, of any form, whose parameters are read a group at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,16 +17,19 @@ from svlm_jax.checkpoints.run_form import RunSource, is_run
 from svlm_jax.checkpoints.safetensors_file import Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.model.quantized import Quantization
 
 COMPARED_AT_ONCE = 1 << 20  # numbers, which fit into the cache
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
 
 
 class HubSource:
-    """A checkpoint in Hugging Face's form, accounted for by its headers."""
+    """A checkpoint in Hugging Face's form, accounted for by its headers; without `tower`, one that has no vision tower."""
 
-    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
-        self._targets = {target.path: target for target in plan(folder, config, dtype=dtype)}
+    quantization = None
+
+    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None, tower: bool = True):
+        self._targets = {target.path: target for target in plan(folder, config, dtype=dtype, tower=tower)}
         self.shapes = {path: target.shape for path, target in self._targets.items()}
         self.dtype = next(iter(self._targets.values())).dtype
         self._files = Mapped()
@@ -37,7 +40,20 @@ class HubSource:
             return {path: assemble(self._targets[path], tuple(slice(0, n) for n in self.shapes[path]), self._files, pool) for path in paths}
 
 
-Source = HubSource | OrbaxSource | RunSource
+@runtime_checkable
+class Source(Protocol):
+    """Where parameters are read from, those asked for whole."""
+
+    @property
+    def shapes(self) -> Mapping[Path_, tuple[int, ...]]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def quantization(self) -> Quantization | None:
+        """What of it is kept in eight bits."""
+        ...
+
+    def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]: ...
 
 
 def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> Source:

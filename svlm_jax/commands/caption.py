@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from svlm_jax.captions import clock, open_caption_files
-from svlm_jax.commands.device import check_device
+from svlm_jax.commands.device import check_device, mesh_of_flag
 from svlm_jax.commands.flags import add_arguments, stream_settings
+from svlm_jax.commands.truth import Truth
 from svlm_jax.errors import UserError
 from svlm_jax.terminal import LiveView
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         aside = _Aside(view)
         try:
             commentary = aside("starting JAX", lambda: _open(args, settings))
+            truth = None if args.truth is None else Truth.beside(commentary.source, args.truth)
             view.total_seconds, view.model_line = commentary.end, _describe(commentary)
             _say_what_to_expect(view, args, commentary)
             aside(_loading(commentary), commentary.load)
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
             for said in _rounds(commentary, aside, view):
                 files.write(said.caption)
                 position = said.caption.end if commentary.end is None else min(said.caption.end, commentary.end)
-                view.update(said.caption, position, said.speed, said.cache_fill)
+                really = truth.said(said.caption.start, said.caption.end) if truth else ""
+                view.update(said.caption, position, said.speed, said.cache_fill, really)
                 broken += said.broken
             if broken:
                 view.note(f"{broken} damaged pieces of the video were skipped")
@@ -96,6 +99,7 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
         weights=args.weights,
         dtype=args.dtype,
         quantize=args.quantize,
+        mesh=mesh_of_flag(args.mesh),
         start=args.start,
         duration=args.duration,
         questions=[(when, text) for text, when in args.questions],
@@ -113,7 +117,7 @@ def _describe(commentary: "Commentary") -> str:
         memory = f"{s.vision_window} rounds at a time"
     elif s.mode == "full":
         memory = f"room for {s.capacity_rounds} rounds"
-    seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {len(spec.clip_tokens) - 2} tokens a round"
+    seen = f"{spec.width}x{spec.height} pixels at {s.fps:g} fps, {spec.clip_pads.sum()} tokens a round"
     kind = commentary.checkpoint.quantization.kind if commentary.checkpoint and commentary.checkpoint.quantization else None
     precision = f"{commentary.dtype} with {kind} weights" if kind else f"{commentary.dtype}"
     precision += f", keys and values in {s.kv}" if s.kv else ""
@@ -127,6 +131,9 @@ def _say_what_to_expect(view: LiveView, args: argparse.Namespace, commentary: "C
     if random_weights(commentary.path) and not args.weights:
         which = "bundled model" if args.model is None else f"model {commentary.path.name}"
         view.note(f"The {which} has random weights, so its words mean nothing: --model DIR takes one that has learnt.")
+    copies = 1 if commentary.mesh is None else commentary.mesh.shape["data"]
+    if copies > 1:
+        view.note(f"A video is one stream, which data={copies} cannot split: those devices all do the same work.")
 
 
 def _loading(commentary: "Commentary") -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svlm_jax.commands import UsageError
-from svlm_jax.commands.flags import _count_or_off, _number, _positive
+from svlm_jax.commands.flags import _count_or_off, _number, _positive, add_mesh
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
 
@@ -54,6 +54,7 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("checkpoints")
     model.add_argument("--streams", metavar="N", type=_count, default=1, help="streams that run as one batch (default: 1)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
+    add_mesh(model)
     model.add_argument("--save-every", metavar="ROUNDS", type=_count, default=300, help="rounds between two savings (default: 300)")
     add_stream(parser)
 

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     out = "also write the captions to a .vtt, .srt or .jsonl file; repeatable"
     parser.add_argument("--out", metavar="FILE", type=_out, action="append", default=[], help=out)
+    truth = "also show what an annotation file says (default: not; without FILE: VIDEO.jsonl, as `svlm demo match` writes it)"
+    parser.add_argument("--truth", metavar="FILE.jsonl", nargs="?", const="", help=truth)
     parser.add_argument("--start", metavar="SECONDS", type=_not_negative, default=0.0, help="where to begin (default: 0)")
     parser.add_argument("--duration", metavar="SECONDS", type=_positive, help="how much to caption (default: to the end)")
     _add_cache(parser)
@@ -70,6 +72,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
     eight = "keep the weights of the decoder's products and of the head in 8 bits, a scale for each output (default: off)"
     parser.add_argument("--quantize", choices=("int8", "fp8"), help=eight)
+    add_mesh(parser)
+
+
+def add_mesh(parser: Any) -> None:
+    """The devices that share the work."""
+    share = "devices that share the work: streams split over data, heads and MLP over tensor (default: one device)"
+    parser.add_argument("--mesh", metavar="data=N,tensor=N", type=_mesh, help=share)
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +158,20 @@ def _positive(text: str) -> float:
     if _number(text) <= 0:
         raise argparse.ArgumentTypeError(f"{text} must be positive")
     return _number(text)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Axis: devices."""
+    sizes = {"data": 1, "tensor": 1}
+    given = [part.strip().partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in given]
+    for name, _, count in given:
+        if name not in sizes or names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r} must name data, tensor or both, once each, such as data=2,tensor=2")
+        if not (count.isdecimal() and int(count)):
+            raise argparse.ArgumentTypeError(f"{text!r}: {name} must be a number of devices, at least 1")
+        sizes[name] = int(count)
+    return sizes
 
 
 def _count_or_off(text: str) -> int | None:

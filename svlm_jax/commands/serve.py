@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.commands import UsageError
-from svlm_jax.commands.device import check_device
+from svlm_jax.commands.device import check_device, mesh_of_flag
 from svlm_jax.commands.flags import add_engine_arguments, stream_settings
 from svlm_jax.errors import UserError
 
@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
     for folder in args.allow_files:
         if not folder.is_dir():
             raise UsageError(f"--allow-files {folder}: there is no such folder")
+    copies = args.mesh["data"] if args.mesh else 1
+    if args.streams % copies:
+        raise UsageError(f"--streams {args.streams} does not divide by data={copies} of --mesh: make it a multiple of {copies}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{missing[0]} is not installed, which a server needs: pip install 'svlm-jax[serve]'")
@@ -81,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     use_compilation_cache(not args.no_compilation_cache)
     check_device()
+    mesh = mesh_of_flag(args.mesh)
     bound = listen(args.host, args.port)
     config = ServeConfig(
         stream=StreamConfig(**{**read_stream_settings(described_in(find(args.model or tiny_path())[0])), **settings}),
@@ -88,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         dtype=args.dtype,
         quantize=args.quantize,
+        mesh=mesh,
         places=args.streams,
         size=args.size,
         allowed=Allowed(tuple(args.allow_files), tuple(args.allow_host)),

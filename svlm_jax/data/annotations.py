@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from svlm_jax import storage
 from svlm_jax.errors import UserError
 from svlm_jax.types import Int
 
@@ -207,11 +208,11 @@ def load_index(path: str | os.PathLike, *, keep: bool = True) -> ByteIndex:
 class AnnotationFile:
     """Random access to the rows of one file: `len`, and `[i]` gives the bytes of row i.
 
-    Raises UserError on construction where there is no such file, or where it holds no row.
+    A file in a bucket is fetched first. Raises UserError on construction where there is no such file, or where it holds no row.
     """
 
     def __init__(self, path: str | os.PathLike, *, keep_index: bool = True):
-        self.path = Path(path)
+        self.path = storage.local_copy(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: there is no such annotation file: check the path")
         self.index = load_index(self.path, keep=keep_index)

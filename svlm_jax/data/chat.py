@@ -11,7 +11,7 @@ import numpy as np
 from svlm_jax.config import VisionConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.rope import clip_extent, clip_offsets
-from svlm_jax.streaming.prompt import PromptLayout
+from svlm_jax.streaming.prompt import PromptLayout, stamp_text, stamp_times
 from svlm_jax.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ from svlm_jax.tokenizer import Tokenizer
 class Image:
     """A still picture, already at the model's size."""
 
-    frame: np.ndarray  # uint8 [3, height, width], both sides multiples of 28
+    frame: np.ndarray  # uint8 [3, height, width], both sides multiples of `VisionConfig.merged_patch_size`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,16 @@ class ChatPrompt:
     end: int  # first free position, in units
 
 
-def _visual(part: Image | Clip, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int, int], Fraction]:
+@dataclasses.dataclass(frozen=True)
+class _Visual:
+    """What stands between one `<|vision_start|>` and its `<|vision_end|>`: an image, a clip, or a stamped clip's pair of frames."""
+
+    pad: int
+    grid: tuple[int, int, int]  # temporal grids, rows and columns, in merged patches
+    step: Fraction  # positions between temporal grids
+
+
+def _visual(part: Image | Clip, layout: PromptLayout, vision: VisionConfig) -> tuple[np.ndarray, _Visual]:
     frames = part.frame[None] if isinstance(part, Image) else part.frames
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise UserError(f"a picture must be uint8 with shape [3, height, width] (a clip [F, 3, height, width]), not {frames.dtype} {frames.shape}")
@@ -59,26 +68,37 @@ def _visual(part: Image | Clip, vision: VisionConfig) -> tuple[np.ndarray, tuple
             raise UserError(f"a clip's fps must be positive, not {part.fps}")
         if vision.tokens_per_second:
             step = Fraction(vision.tokens_per_second) * vision.temporal_patch_size / Fraction(part.fps).limit_denominator(1000)
-    return frames, (-(-len(frames) // vision.temporal_patch_size), height // side, width // side), step
+    grid = (-(-len(frames) // vision.temporal_patch_size), height // side, width // side)
+    return frames, _Visual(layout.image_pad if isinstance(part, Image) else layout.video_pad, grid, step)
+
+
+def _pieces(part: Part, layout: PromptLayout, vision: VisionConfig) -> list[str | _Visual]:
+    """A part as text and visuals."""
+    if isinstance(part, str):
+        return [part]
+    frames, visual = _visual(part, layout, vision)
+    if isinstance(part, Image) or not vision.stamped:
+        return [visual]
+    one = dataclasses.replace(visual, grid=(1, *visual.grid[1:]))
+    return [piece for seconds in stamp_times(0.0, len(frames), part.fps) for piece in (stamp_text(seconds), one)]
 
 
 def lay_out(parts: Sequence[Part], tokenizer: Tokenizer, layout: PromptLayout, vision: VisionConfig) -> ChatPrompt:
     """The prompt's tokens and positions: text counts on, a visual spans (time, row, column) from its base.
 
     Text is encoded with its special tokens (`<|im_start|>` and so on), as chat templates write them; texts that follow each
-    other are one text.
+    other are one text, stamps included.
     """
-    parts = [
+    pieces = [
         piece
-        for is_text, run in itertools.groupby(parts, lambda part: isinstance(part, str))
+        for is_text, run in itertools.groupby((p for part in parts for p in _pieces(part, layout, vision)), lambda p: isinstance(p, str))
         for piece in (["".join(run)] if is_text else run)  # type: ignore[arg-type]
     ]
-    visuals = [_visual(part, vision) for part in parts if not isinstance(part, str)]
-    unit = math.lcm(1, *(step.denominator for _, _, step in visuals))
+    unit = math.lcm(1, *(piece.step.denominator for piece in pieces if isinstance(piece, _Visual)))
     tokens: list[int] = []
     positions: list[np.ndarray] = []
     places: list[int] = []
-    end, queue = 0, iter(visuals)
+    end = 0
 
     def text(ids: Sequence[int]) -> None:
         nonlocal end
@@ -86,17 +106,16 @@ def lay_out(parts: Sequence[Part], tokenizer: Tokenizer, layout: PromptLayout, v
         positions.append(np.repeat(end + np.arange(len(ids))[:, None] * unit, 3, axis=1))
         end += len(ids) * unit
 
-    for part in parts:
-        if isinstance(part, str):
-            text(tokenizer.encode(part))
+    for piece in pieces:
+        if isinstance(piece, str):
+            text(tokenizer.encode(piece))
             continue
-        _, grid, step = next(queue)
         text([layout.vision_start])
-        count = math.prod(grid)
+        count = math.prod(piece.grid)
         places.extend(range(len(tokens), len(tokens) + count))
-        tokens.extend([layout.image_pad if isinstance(part, Image) else layout.video_pad] * count)
-        positions.append(end + clip_offsets(grid, step, unit))
-        end += clip_extent(grid, step, unit)
+        tokens.extend([piece.pad] * count)
+        positions.append(end + clip_offsets(piece.grid, piece.step, unit))
+        end += clip_extent(piece.grid, piece.step, unit)
         text([layout.vision_end])
     if not tokens:
         raise UserError("an empty prompt: give at least one part")
@@ -104,7 +123,7 @@ def lay_out(parts: Sequence[Part], tokenizer: Tokenizer, layout: PromptLayout, v
         np.asarray(tokens, np.int32),
         np.concatenate(positions).astype(np.int32),
         unit,
-        tuple(frames for frames, _, _ in visuals),
+        tuple(_visual(part, layout, vision)[0] for part in parts if not isinstance(part, str)),
         np.asarray(places, np.int32),
         end,
     )

@@ -5,12 +5,12 @@ import dataclasses
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from av.error import FFmpegError
 
+from svlm_jax import storage
 from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import Annotation, AnnotationFile, UnusableRow, parse_annotation
 from svlm_jax.data.packing import Loaded
@@ -133,7 +133,7 @@ class Source:
 
     def path(self, video: str) -> str:
         """Where a row's video is."""
-        return video if "://" in video else str(Path(self.videos, video))
+        return video if "://" in video else storage.join(self.videos, video)
 
 
 class SampleLoader:

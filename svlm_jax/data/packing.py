@@ -18,7 +18,7 @@ from svlm_jax.data.patches import grid_order
 from svlm_jax.data.samples import Sample
 from svlm_jax.errors import UserError
 
-COPIERS = 4  # threads that fill the rows of a batch
+COPIERS = 16  # threads that fill the rows of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -
     p = merged * vision.spatial_merge_size**2
     tokens, labels = np.zeros((b, t), np.int32), np.full((b, t), IGNORED, np.int32)
     positions, segments = np.zeros((b, t, 3), np.int32), np.full((b, t), PADDING, np.int32)
-    patches = np.zeros((b, g, w, p, vision.patch_features), np.uint8)
+    patches = np.empty((b, g, w, p, vision.patch_features), np.uint8)  # by far the largest: what stays free is cleared below
     coordinates, valid = np.zeros((b, g, w, p, 2), np.int32), np.zeros((b, g, w, p), np.bool_)
     grids, places = np.full((b, g, w), PADDING, np.int32), np.full((b, g, w, merged), t, np.int32)
 
@@ -146,6 +146,8 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -
                 grids[here] = count[target]
                 places[here] = np.where(order.tokens >= 0, rows_of[order.tokens], t)
             begin += len(sample.tokens)
+        for target, end in enumerate(used):
+            patches[index, target, end:] = 0
 
     with ThreadPoolExecutor(COPIERS) as pool:  # patches are hundreds of megabytes a batch, and copying lets other threads run
         list(pool.map(fill, range(b)))

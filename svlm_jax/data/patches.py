@@ -44,11 +44,12 @@ def window_patches(
     order, side = grid_order(vision, height, width), vision.merged_patch_size
     rows, columns = height // side, width // side
     tall, wide = (rows, columns) if vision.window_size is None else (vision.window_size // side,) * 2
-    x = frames.reshape(count // depth, depth, rows, merge, patch, columns, merge, patch, channels)
-    x = x.transpose(0, 2, 5, 3, 6, 1, 4, 7, 8)  # grid, row, column, row in merge, column in merge, frame, y, x, colour
+    run = np.dtype((np.void, patch * channels))  # colours of one row of a patch: copied as one element, as they lie together in both
+    x = np.ascontiguousarray(frames).reshape(-1).view(run).reshape(count // depth, depth, rows, merge, patch, columns, merge)
+    x = x.transpose(0, 2, 5, 3, 6, 1, 4)  # grid, row, column, row in merge, column in merge, frame, y
     shape = len(x), *order.valid.shape, vision.patch_features
     out = np.empty(shape, np.uint8) if out is None else out
-    placed = out.reshape(len(x), shape[1], tall, wide, *x.shape[3:])
+    placed = out.reshape(-1).view(run).reshape(len(x), shape[1], tall, wide, *x.shape[3:])
     across = -(-columns // wide)
     for window in range(shape[1]):
         top, left = window // across * tall, window % across * wide

@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grain
@@ -211,17 +212,25 @@ class _Batches(grain.DatasetIterator):
     def __init__(self, lanes: dict[int, _Lane], config: DataConfig, vision: VisionConfig, print_: str, go_on: bool):
         super().__init__(list(lanes.values()))
         self._lanes, self._config, self._vision, self._print, self._go_on = lanes, config, vision, print_, go_on
+        self._pool = ThreadPoolExecutor(len(lanes))  # lanes wait for their workers, and map the memory that these share, side by side
 
     def __next__(self) -> Rows:
         self._assert_not_closed()
         each = self._config.rows // self._config.lanes
-        rows = [next(lane, None) for lane in self._lanes.values() for _ in range(each)]
+        rows = [row for taken in self._pool.map(lambda lane: [next(lane, None) for _ in range(each)], self._lanes.values()) for row in taken]
         if not any(rows) and not self._go_on:
             raise StopIteration
         filled = [row or OpenRow(self._config.shape) for row in rows]  # at the end of the last epoch lanes run dry one by one
         samples = tuple(tuple(item.name for item in row.items) for row in filled)
         skipped = sum((lane.skipped for lane in self._lanes.values()), Counter())
         return Rows(make_batch(filled, self._config.shape, self._vision), samples, dict(skipped))
+
+    def close(self) -> None:
+        """Ends all workers at once: one after the other they take two seconds each."""
+        if not self._closed:
+            list(self._pool.map(lambda lane: lane.close(), self._lanes.values()))
+            self._pool.shutdown()
+        super().close()
 
     def get_state(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from svlm_jax import storage
 from svlm_jax.data.annotations import AnnotationFile, UnusableRow
 from svlm_jax.errors import UserError
 
@@ -13,10 +14,10 @@ NEEDED = "ArrayRecord files need grain and array_record: pip install 'svlm-jax[t
 
 
 class RecordFile(Sequence[bytes]):
-    """The rows of one file, unchanged. Raises UserError where it cannot be opened."""
+    """The rows of one file, unchanged; of one in a bucket when it has been fetched. Raises UserError where it cannot be opened."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
+        self.path = os.fspath(storage.local_copy(path))
         try:
             from grain.sources import ArrayRecordDataSource
         except ImportError:

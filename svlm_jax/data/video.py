@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -24,6 +24,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
+from svlm_jax import storage
 from svlm_jax.data.resize import MAX_PIXELS, MIN_PIXELS, check_size, resize, resized_size
 from svlm_jax.errors import UserError
 
@@ -93,7 +94,8 @@ class VideoReader:
         self._open()
 
     def _open(self) -> None:
-        self._container = _open_container(self.source, self._options)
+        self._file = _open_object(self.source) if storage.is_remote(self.source) else None
+        self._container = _open_container(self.source, self._options, self._file)
         self._origin: Fraction | None = None  # the first frame's time on the stream's own clock
         self._last: _Shown | None = None
         self._read_to: dict[int, Fraction] = {}  # stream index: where its packets read so far end, on the stream's own clock
@@ -109,7 +111,7 @@ class VideoReader:
             self._first = first
             self.info = self._describe()
         except BaseException:
-            self._container.close()
+            self._close()
             raise
 
     def __enter__(self) -> "VideoReader":
@@ -117,7 +119,12 @@ class VideoReader:
 
     def __exit__(self, *_) -> None:
         self._decoding.close()
+        self._close()
+
+    def _close(self) -> None:
         self._container.close()
+        if self._file is not None:
+            self._file.close()
 
     def frames(self, start: Fraction) -> Iterator[_Shown]:
         """Frames in shown order, the first of them at or before `start` (the very first frame where none is). To be called once."""
@@ -231,7 +238,15 @@ def _reason(error: FFmpegError | OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _open_container(source: str, options: dict[str, str]):
+def _open_object(source: str) -> IO[bytes]:
+    try:
+        return storage.opened(source)
+    except FileNotFoundError:
+        raise UserError(f"{source}: there is no such object: check the path") from None
+
+
+def _open_container(source: str, options: dict[str, str], file: IO[bytes] | None):
+    """The container of a path or URL, or of the open `file` of that name."""
     if not source:
         raise UserError("the video's name is empty: name a file or a URL")
     local = "://" not in source
@@ -245,7 +260,7 @@ def _open_container(source: str, options: dict[str, str]):
             raise UserError(f"{source} is empty: fetch or record it again")
     try:
         # titles and the like come in any encoding; they are not used
-        container = av.open(source, timeout=None if local else NETWORK_TIMEOUT, container_options=options, **LENIENT)
+        container = av.open(file or source, timeout=None if local or file else NETWORK_TIMEOUT, container_options=options, **LENIENT)
     except (FFmpegError, OSError) as error:
         raise UserError(f"{source} cannot be opened ({_reason(error)}): give a file that a video player can play") from None
     if container.format.name in NOT_VIDEO:

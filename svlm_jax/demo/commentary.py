@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from svlm_jax.demo.match import Event, Match
+from svlm_jax.demo.match import SIDE, Event, Game, Match, Scene
+from svlm_jax.demo.picture import HEIGHT, METRE, WIDTH
 
 ROUND = 1.0  # seconds
 DELAY = 0.75  # an event at t is told in the round that t + DELAY falls into
@@ -154,8 +155,11 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "score": ("what is the score?", "tell me the score please."),
     "scorer": ("who scored last?", "who got the last goal?"),
     "ball": ("who has the ball?", "who is on the ball now?"),
+    "places": ("who is where?",),  # longer than a round's words in use: for training
 }
-NOBODY = {"scorer": "nobody yet.", "ball": "nobody."}
+ASKED = ("score", "scorer", "ball")  # kinds that are asked unless others are wanted
+NOBODY = {"scorer": "nobody yet.", "ball": "nobody.", "places": "nobody."}
+CELL = 28  # pixels of a picture's columns and rows, as an answer counts them: a merged patch of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,15 +263,29 @@ def answer(match: Match, question: str, index: int) -> str:
     if kind == "scorer":
         scorer = match.last_scorer(now)
         return NOBODY["scorer"] if scorer is None else f"{kits[scorer[0]]} {NUMBERS[scorer[1]]}."
-    scene = match.scene(index + ROUND / 2)
-    if scene.holder < 0 or scene.board:
-        return NOBODY["ball"]
-    game = match.game(index + ROUND / 2)
-    team, player = divmod(scene.holder, len(game.shirts[0]))
-    return f"{game.kits[team]} {NUMBERS[game.shirts[team][player]]}."
+    scene, game = match.scene(index + ROUND / 2), match.game(index + ROUND / 2)
+    if scene.board or (kind == "ball" and scene.holder < 0):
+        return NOBODY[kind]
+    return f"{_player(game, scene.holder)}." if kind == "ball" else f"{places(game, scene)}."
 
 
-def random_questions(match: Match, every: float, seed: int = 0, kinds: tuple[str, ...] = ("score", "scorer", "ball")) -> dict[int, str]:
+def _player(game: Game, player: int) -> str:
+    team, place = divmod(player, SIDE)
+    return f"{game.kits[team]} {NUMBERS[game.shirts[team][place]]}"
+
+
+def places(game: Game, scene: Scene) -> str:
+    """Column and row of the ball, and column, row, team and number of every player, by columns and rows."""
+    size = np.array([WIDTH, HEIGHT])
+    spots = np.vstack([scene.players, scene.ball[:2]]) - scene.camera
+    cells = np.clip((size / 2 + METRE * spots) // CELL, 0, size // CELL - 1).astype(int) + 1
+    said = [f"{NUMBERS[column]} {NUMBERS[row]}" for column, row in cells]
+    order = sorted(range(2 * SIDE), key=lambda player: tuple(cells[player]))
+    ball = [f"ball {said[-1]}"] if scene.shown else []
+    return " ".join([*ball, *(f"{said[player]} {_player(game, player)}" for player in order)])
+
+
+def random_questions(match: Match, every: float, seed: int = 0, kinds: tuple[str, ...] = ASKED) -> dict[int, str]:
     """Questions in random rounds, `every` seconds on average and at most one a round; not in a match's first seconds."""
     rng = np.random.default_rng([match.seed, 3, seed])
     asked = {}

@@ -3,8 +3,8 @@
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question nearly every second, `openings.jsonl` the first 48 seconds of further matches. Seeds below 1000 are for
-evaluation and are refused here.
+whole matches with a question nearly every second, `placed.jsonl` the whole matches with questions after all players' places, which a model
+learns to see by, `openings.jsonl` the first 48 seconds of further matches. Seeds below 1000 are for evaluation and are refused here.
 """
 
 import argparse
@@ -17,16 +17,17 @@ from pathlib import Path
 
 from svlm_jax.data.annotations import Annotation
 from svlm_jax.data.chunks import ChunkConfig
-from svlm_jax.demo.commentary import commentate, random_questions
+from svlm_jax.demo.commentary import ASKED, commentate, random_questions
 from svlm_jax.demo.film import FilmConfig, chunks, write_annotations, write_video
 from svlm_jax.demo.match import simulate
 
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
-MEMORY = 96, 480  # first and last words of the previous text that rows can need
-EVERY = {"chunks": 20.0, "asked": 1.25, "openings": 6.0}  # seconds between two questions, on average
+ALL = 96, 480  # first and last words of the previous text that rows can need
+MEMORY = {"placed": (0, 48)}  # there it would be full of places, and rows too long
+EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 2.4, "openings": 6.0}  # seconds between two questions, on average
 PRESETS = "ultrafast", "superfast", "ultrafast", "veryfast"  # of x264: fast ones, and not all the same
-BALL = ("ball", "ball", "score", "scorer")  # what is asked in `asked`: mostly what can be seen
+KINDS = {"asked": ("ball", "ball", "score", "scorer"), "placed": ("places", "places", "places", "ball")}  # mostly what can be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,10 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     name = f"{task.seed}.mp4"
     write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=PRESETS[task.seed % len(PRESETS)]))
     found = {}
-    for data_set in ("openings",) if task.opening else ("chunks", "asked"):
-        kinds = BALL if data_set == "asked" else ("score", "scorer", "ball")
-        lines = commentate(match, random_questions(match, EVERY[data_set], seed=len(data_set), kinds=kinds))
+    for number, data_set in enumerate(("openings",) if task.opening else ("chunks", "asked", "placed")):
+        lines = commentate(match, random_questions(match, EVERY[data_set], seed=number, kinds=KINDS.get(data_set, ASKED)))
         config = ChunkConfig(window=24, overlap=task.overlap)
-        found[data_set] = list(chunks(name, task.seconds, lines, config, memory=MEMORY))
+        found[data_set] = list(chunks(name, task.seconds, lines, config, memory=MEMORY.get(data_set, ALL)))
     return found
 
 
@@ -62,7 +62,7 @@ def dense(chunks: list[Annotation]) -> list[Annotation]:
 
 def write(tasks: Iterable[Task], folder: Path, processes: int) -> dict[str, int]:
     """All matches, so many at a time; rows of each data set."""
-    rows: dict[str, list[Annotation]] = {"chunks": [], "asked": [], "openings": []}
+    rows: dict[str, list[Annotation]] = {"chunks": [], "asked": [], "placed": [], "openings": []}
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for found in pool.imap(make, tasks):
             for data_set, annotations in found.items():

@@ -36,6 +36,7 @@ class Job:
     streams: int
     save_every: int
     dtype: str | None
+    mesh: dict[str, int] | None  # devices along each axis
     workers: int
     patience: Row  # timeout, tries and first_wait of an endpoint
     temperature: float | None  # a server's
@@ -121,6 +122,7 @@ def generate(who: Contestant, job: Job, folder: Path) -> list[tuple[str, Row]]:
         settings["showing"] = dataclasses.asdict(job.showing)
     else:
         settings |= {"streams": job.streams, "save_every": job.save_every, "dtype": job.dtype}
+        settings |= {"mesh": job.mesh} if job.mesh else {}
     path = folder / "results.jsonl"
     with run_folder(folder, settings), Journal(path) as journal:
         if who.endpoint:
@@ -140,11 +142,12 @@ def _watch(who: Contestant, job: Job, journal: Journal) -> None:
     if who.model == "demo":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # so small a model is not worth a GPU's start
     from svlm_jax.api import load
+    from svlm_jax.commands.device import mesh_of_flag
     from svlm_jax.evaluation.watching import Watching
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache()
-    model = load(None if who.model == "demo" else who.model, dtype=job.dtype)
+    model = load(None if who.model == "demo" else who.model, dtype=job.dtype, mesh=mesh_of_flag(job.mesh))
     work = Watching(
         model,
         job.watches,

@@ -130,6 +130,7 @@ def _results(
         streams=args.streams,
         save_every=args.save_every,
         dtype=args.dtype,
+        mesh=args.mesh,
         workers=args.workers,
         patience=patience(args),
         temperature=config.temperature if args.setting == "fair" else None,

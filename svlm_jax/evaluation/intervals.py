@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 
 Interval = tuple[float, float]
@@ -34,3 +35,18 @@ def bootstrap(groups: Sequence[tuple[int, int]], draws: int = DRAWS) -> Interval
         shares.append(sum(won for won, _ in drawn) / sum(count for _, count in drawn))
     shares.sort()
     return shares[int(0.025 * draws)], shares[math.ceil(0.975 * draws) - 1]
+
+
+def mean_interval(values: Sequence[float | None], least: float = -math.inf, most: float = math.inf) -> Interval | None:
+    """Student's interval of the mean of independent values, cut to what is possible; those that are None are left out.
+
+    None where fewer than two are left.
+    """
+    from scipy.special import stdtrit
+
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    half = float(stdtrit(len(known) - 1, 0.975)) * statistics.stdev(known) / math.sqrt(len(known))
+    mean = statistics.fmean(known)
+    return max(least, mean - half), min(most, mean + half)

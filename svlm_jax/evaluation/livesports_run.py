@@ -95,6 +95,7 @@ def _results(
         streams=args.streams,
         save_every=args.save_every,
         dtype=args.dtype,
+        mesh=args.mesh,
         workers=args.workers,
         patience=patience(args),
         temperature=config.temperature,

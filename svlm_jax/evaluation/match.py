@@ -12,6 +12,7 @@ from typing import Any
 
 from svlm_jax.demo.commentary import DELAY, Claim, Line, answer, answer_claim, claims, commentate, round_of
 from svlm_jax.demo.match import KINDS, Event, Match
+from svlm_jax.evaluation.intervals import mean_interval
 
 TOLERANCE = 1.0  # seconds
 PARTS = 10
@@ -19,6 +20,7 @@ KEYS = (
     *("event_precision", "event_recall", "event_f1", "timing_error_s", "score_accuracy", "score_update_accuracy", "scorer_accuracy"),
     *("answer_accuracy", "false_words_per_quiet_minute", "repetition"),
 )
+COUNTED = {"claims": "claim", "scores": "score", "goals": "update", "answers": "answer"}  # name -> key of a finding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +170,25 @@ def summary(found: Sequence[Finding]) -> dict[str, float | None]:
     }
 
 
-def report(match: Match, said: Sequence[Said]) -> dict[str, Any]:
-    """The measures of a whole commentary, and `tenths`: each of them over the ten parts of the match."""
-    found = findings(match, said)
-    part = match.seconds / PARTS
-    parts = [summary([each for each in found if min(PARTS - 1, int(each.time / part)) == i]) for i in range(PARTS)]
-    counts = {
-        "events": len(match.events),
-        "claims": sum(each.key == "claim" for each in found),
-        "scores": sum(each.key == "score" for each in found),
-        "goals": sum(each.key == "update" for each in found),
-        "answers": sum(each.key == "answer" for each in found),
-    }
-    return {**summary(found), "tenths": {key: [each[key] for each in parts] for key in KEYS}, "counts": counts}
+def report(matches: Sequence[Match], said: Sequence[Sequence[Said]]) -> dict[str, Any]:
+    """The measures of whole commentaries, counted together; `tenths`: each of them over the ten parts of the matches.
+
+    With several matches also `matches`, the measures of each alone, and `intervals`: where 95% of the means of as many other matches
+    would lie, by the spread between these (Student's t).
+    """
+    parts: list[list[Finding]] = [[] for _ in range(PARTS)]
+    each: list[dict[str, float | None]] = []
+    for match, words in zip(matches, said, strict=True):
+        found = findings(match, words)
+        each.append(summary(found))
+        for finding in found:
+            parts[min(PARTS - 1, int(finding.time * PARTS / match.seconds))].append(finding)
+    whole, tenths = [finding for part in parts for finding in part], [summary(part) for part in parts]
+    counts = {"events": sum(len(match.events) for match in matches)}
+    counts |= {name: sum(finding.key == key for finding in whole) for name, key in COUNTED.items()}
+    told: dict[str, Any] = {**summary(whole), "tenths": {key: [part[key] for part in tenths] for key in KEYS}, "counts": counts}
+    if len(matches) > 1:
+        shares = {key: (0.0, math.inf if key in ("timing_error_s", "false_words_per_quiet_minute") else 1.0) for key in KEYS}
+        told["intervals"] = {key: mean_interval([one[key] for one in each], *limits) for key, limits in shares.items()}
+        told["matches"] = each
+    return told

@@ -1,4 +1,4 @@
-"""A simulated match from film to measures: `svlm eval match`."""
+"""Simulated matches from film to measures: `svlm eval match`."""
 
 import argparse
 import contextlib
@@ -6,8 +6,10 @@ import dataclasses
 import datetime
 import itertools
 import json
+import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.commands.progress import Countdown
+from svlm_jax.data.video import probe
 from svlm_jax.demo.commentary import commentate, random_questions
 from svlm_jax.demo.film import FilmConfig, spoken, write_video
 from svlm_jax.demo.match import Event, Match, simulate
@@ -41,19 +44,22 @@ LABELS = {
 
 def run(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     seconds = float(round(60 * args.minutes)) or 1.0
-    match = simulate(args.match_seed, seconds)
-    questions = random_questions(match, args.question_every) if args.question_every else {}
+    matches = [simulate(args.match_seed + number, seconds) for number in range(args.matches)]
+    questions = [random_questions(match, args.question_every) if args.question_every else {} for match in matches]
     begin = time.perf_counter()
     if args.baseline:
-        said, how = _baseline(args, match, questions), {"model": f"baseline {args.baseline}"}
+        said = [_baseline(args.baseline, match, asked) for match, asked in zip(matches, questions, strict=True)]
+        how: dict[str, Any] = {"model": f"baseline {args.baseline}"}
     else:
-        with _film(args, match) as video:
-            said, how = _watch(args, settings, video, match, questions)
-    found = report(match, said)
+        with _films(args, matches) as films:
+            said, how = _watch(args, settings, films, int(seconds), questions)
+    found = report(matches, said)
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": os.environ.get("SVLM_COMMIT", ""),
-        "command": f"svlm eval match --minutes {args.minutes:g} --seed {args.match_seed}",
+        "command": shlex.join(["svlm", *sys.argv[1:]]),
+        "minutes": seconds / 60,
+        "seeds": [match.seed for match in matches],
         **how,
         "seconds": round(time.perf_counter() - begin, 1),
         **found,
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
         with whole_file(args.json) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.captions:
-        _write_captions(args.captions, match, said, questions)
+        _write_captions(args.captions, matches, said)
     if args.plot:
         plot({str(how["model"]): found}, Path(args.plot))
     return 0
@@ -102,9 +108,9 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _baseline(args: argparse.Namespace, match: Match, questions: Mapping[int, str]) -> list[Said]:
+def _baseline(name: str, match: Match, questions: Mapping[int, str]) -> list[Said]:
     """Who sees everything, or one who knows the teams and does not look."""
-    seen = match if args.baseline == "truth" else _renamed(simulate(args.match_seed + BLIND, match.seconds), match)
+    seen = match if name == "truth" else _renamed(simulate(match.seed + BLIND, match.seconds), match)
     lines = commentate(seen, questions)
     return [Said(index, spoken(lines[index]).strip() if index in lines else "", questions.get(index, "")) for index in range(int(match.seconds))]
 
@@ -129,61 +135,71 @@ def _renamed(other: Match, match: Match) -> Match:
 
 
 @contextlib.contextmanager
-def _film(args: argparse.Namespace, match: Match) -> Iterator[Path]:
+def _films(args: argparse.Namespace, matches: Sequence[Match]) -> Iterator[list[Path]]:
+    """The matches' films: `--video`, or SEED.mp4 in that folder where there are several; made where they are not there."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(args.video) if args.video else Path(scratch) / "match.mp4"
-        if path.exists():
-            from svlm_jax.data.video import probe
-
-            lasts = probe(path).duration or 0.0
-            if abs(lasts - match.seconds) > 1:
+        folder = Path(args.video or scratch)
+        paths = [folder / f"{match.seed}.mp4" for match in matches] if args.matches > 1 or not args.video else [folder]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        missing = [(match, path) for match, path in zip(matches, paths, strict=True) if not path.exists()]
+        for match, path in zip(matches, paths, strict=True):
+            if path.exists() and (lasts := probe(path).duration or 0.0) < match.seconds - 1:  # longer ones begin like shorter ones
                 raise UserError(f"{path} lasts {lasts:g} s and the match {match.seconds:g} s: it is another film, so give another name")
-        else:
+        if len(missing) == 1:
             with Countdown("filming") as progress:
-                write_video(match, path, FILM, progress)
-        yield path
+                write_video(*missing[0], FILM, progress)
+        elif missing:
+            with multiprocessing.get_context("spawn").Pool(min(len(missing), os.cpu_count() or 1)) as pool, Countdown("filming") as progress:
+                for done, _ in enumerate(pool.imap_unordered(_film, missing), 1):
+                    progress(done * matches[0].seconds, len(missing) * matches[0].seconds)
+        yield paths
+
+
+def _film(task: tuple[Match, Path]) -> None:
+    write_video(*task, FILM)
 
 
 def _watch(
-    args: argparse.Namespace, settings: Mapping[str, Any], video: Path, match: Match, questions: Mapping[int, str]
-) -> tuple[list[Said], dict[str, Any]]:
-    """(what the model says, what it is and how it ran)."""
+    args: argparse.Namespace, settings: Mapping[str, Any], films: Sequence[Path], rounds: int, questions: Sequence[Mapping[int, str]]
+) -> tuple[list[list[Said]], dict[str, Any]]:
+    """(what the model says about each match, what it is and how it ran)."""
     import jax
 
-    from svlm_jax.api import Commentary
+    from svlm_jax.api import load, stream_config
+    from svlm_jax.checkpoints.stream_settings import read_stream_settings
+    from svlm_jax.commands.device import mesh_of_flag
+    from svlm_jax.evaluation.match_watch import watch
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache(True)
     if args.model is None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    asked = [(index + 0.5, question) for index, question in sorted(questions.items())]
-    commentary = Commentary(video, args.model, dtype=args.dtype, questions=asked, **settings)
-    commentary.prepare()
-    said, stamps = [], [time.perf_counter()]
+    model = load(args.model, dtype=args.dtype, mesh=mesh_of_flag(args.mesh))
+    config = stream_config({**read_stream_settings(model.path), **settings})
     with Countdown("commenting") as progress:
-        for each in commentary:
-            index = round(each.caption.start)
-            said.append(Said(index, each.caption.text, questions.get(index, "")))
-            stamps.append(time.perf_counter())
-            progress(each.caption.end, match.seconds)
-    rounds = sorted(after - before for before, after in itertools.pairwise(stamps[1:])) or [0.0]
-    stream = commentary.spec.stream
+        watched = watch(model, films, questions, config, rounds=rounds, told=progress)
+    times = sorted(watched.round_seconds) or [0.0]
     told = ("mode", "positions", "vision_window", "text_window", "text_sink", "text_sliding", "temperature")
     how = {
         "model": str(args.model or "bundled"),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "settings": {name: getattr(stream, name) for name in told} | dict(settings),
-        "round_ms_p50": 1e3 * rounds[len(rounds) // 2],
-        "round_ms_p99": 1e3 * rounds[len(rounds) * 99 // 100],
+        "settings": {name: getattr(config, name) for name in told} | dict(settings),
+        "streams": len(films),
+        "round_ms_p50": 1e3 * times[len(times) // 2],
+        "round_ms_p99": 1e3 * times[len(times) * 99 // 100],
     }
-    return said, how
+    return watched.said, how
 
 
-def _write_captions(path: str, match: Match, said: Sequence[Said], questions: Mapping[int, str]) -> None:
-    lines = commentate(match, questions)
+def _write_captions(path: str, matches: Sequence[Match], said: Sequence[Sequence[Said]]) -> None:
     with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
-        for each in said:
-            row = {"start": each.round, "text": each.text, "truth": spoken(lines[each.round]).strip() if each.round in lines else ""}
-            file.write(json.dumps({**row, "question": each.question} if each.question else row) + "\n")
+        for match, words in zip(matches, said, strict=True):
+            lines = commentate(match, {each.round: each.question for each in words if each.question})
+            for each in words:
+                truth = spoken(lines[each.round]).strip() if each.round in lines else ""
+                row = {"seed": match.seed} if len(matches) > 1 else {}
+                row |= {"start": each.round, "text": each.text, "truth": truth}
+                file.write(json.dumps({**row, "question": each.question} if each.question else row) + "\n")
     print(f"what was said is in {path}", file=sys.stderr)

@@ -26,6 +26,7 @@ from svlm_jax.evaluation.watch import Record, Watch
 from svlm_jax.programs import check_memory
 from svlm_jax.streaming.engine import Engine, Round, make_spec
 from svlm_jax.streaming.layout import round_up
+from svlm_jax.streaming.placed import check_streams, mesh_of
 from svlm_jax.streaming.prompt import encode_query, encode_words
 from svlm_jax.streaming.snapshot import load_engine, read_note, save_engine, write_snapshot
 
@@ -143,7 +144,9 @@ class Watching:
         longest = max(len(self.words(self.watches[index])) for index in indices)
         if longest > spec.cache.words_capacity:
             spec = dataclasses.replace(spec, initial_words=longest)
-        check_memory(spec, 0, jax.tree.leaves(self.model.params)[0].dtype, streams=self.streams)
+        mesh = mesh_of(self.model.params)
+        check_streams(mesh, self.streams)
+        check_memory(spec, 0, jax.tree.leaves(self.model.params)[0].dtype, streams=self.streams, mesh=mesh)
         return Engine(self.model.params, spec, self.model.tokenizer, streams=self.streams)
 
     def _run_group(self, note: dict[str, Any]) -> None:

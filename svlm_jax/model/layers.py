@@ -86,16 +86,26 @@ def take_layer(layers: Any, index: int) -> Any:
     return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], state))
 
 
-def run_layers(layers: Any, count: int, body: Callable[[Any, Array], Array], x: Array, *, remat: bool = False) -> Array:
-    """x through `count` layers: `lax.scan` over a stacked module, a Python loop over a list."""
+def run_layers(
+    layers: Any, count: int, body: Callable[[Any, Array], Array], x: Array, *, added: Sequence[Array] = (), remat: bool = False
+) -> Array:
+    """x through `count` layers: `lax.scan` over a stacked module, a Python loop over a list.
+
+    Args:
+      added: to what the first layers put out, an array a layer.
+    """
     if isinstance(layers, nnx.List):
-        for layer in layers:
+        for index, layer in enumerate(layers):
             x = (nnx.remat(body) if remat else body)(layer, x)
+            x = x + added[index] if index < len(added) else x
         return x
     graphdef, state = nnx.split(layers)
+    steps = jnp.stack([*added, jnp.zeros_like(x)]) if added else None
 
-    def step(carry, layer_state):
-        return body(nnx.merge(graphdef, layer_state), carry), None
+    def step(carry, inputs):
+        layer_state, index = inputs
+        carry = body(nnx.merge(graphdef, layer_state), carry)
+        return carry if steps is None else carry + steps[jnp.minimum(index, len(added))], None
 
-    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x, state, length=count)
+    x, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x, (state, jnp.arange(count)), length=count)
     return x

@@ -1,4 +1,4 @@
-"""The vision tower over packed grids (`data.batch`): bins of windows that hold grids of any size, one after the other.
+"""The vision tower of Qwen2.5-VL over packed grids (`data.batch`): bins of windows that hold grids of any size, one after the other.
 
 The same parameters and equations as `model.vision`; what differs is where a patch stands, which is data here, and who sees whom:
 windows see themselves, and full attention stays within a grid, told by its number in the bin.
@@ -13,7 +13,7 @@ import numpy as np
 from svlm_jax.config import VisionConfig
 from svlm_jax.model.layers import once
 from svlm_jax.model.rope import Rotation, shift_rotation
-from svlm_jax.model.vision import PIXEL_MEAN, PIXEL_STD, VisionBlock, VisionTower, masked_attention
+from svlm_jax.model.vision import PIXELS, VisionBlock, VisionTower, masked_attention
 from svlm_jax.types import Array, Bool, Float, Int, UInt8
 
 THETA = 10_000.0  # of rotary positions in the tower, which no config.json states
@@ -25,8 +25,8 @@ Block = Callable[[VisionBlock, Array, Array, Array, Array, Array], Array]  # mod
 def normalised(config: VisionConfig, patches: UInt8[Array, "bins W p features"]) -> Float[Array, "bins W p features"]:
     """Raw pixels (frame, y, x, colour) as the tower takes them, float32."""
     size = config.temporal_patch_size * config.patch_size**2
-    mean, std = np.tile(PIXEL_MEAN, size), np.tile(PIXEL_STD, size)
-    return (patches.astype(jnp.float32) * np.float32(1 / 255) - mean) / std
+    mean, deviation = (np.tile(a, size) for a in PIXELS[config.pixels])
+    return (patches.astype(jnp.float32) * np.float32(1 / 255) - mean) / deviation
 
 
 def patch_rotation(config: VisionConfig, coordinates: Int[Array, "bins W p 2"]) -> Rotation:

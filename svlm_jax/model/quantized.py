@@ -6,7 +6,7 @@ wider type is made, so a decoding step reads half the bytes of bfloat16. What go
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -132,10 +132,10 @@ def quantize_weight(weight: Array, kind: str, axes: tuple[int, ...]) -> Quantize
     found = _quantize(weight, kind, axes)
     if not isinstance(weight.sharding, NamedSharding):
         return found
-    return jax.device_put(found, _cut(weight.sharding, axes, weight.ndim))
+    return jax.device_put(found, cut(weight.sharding, axes, weight.ndim))
 
 
-def _cut(sharding: NamedSharding, axes: tuple[int, ...], ndim: int) -> Quantized:
+def cut(sharding: NamedSharding, axes: tuple[int, ...], ndim: int) -> Quantized:
     """How a quantized weight is cut: as the weight was, and its scale as the output axes were."""
     spec = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
     kept = PartitionSpec(*(axis for index, axis in enumerate(spec) if index not in axes))
@@ -165,6 +165,12 @@ def quantize(params: Params, quantization: Quantization) -> Params:
     return _map(params, quantization, lambda weight, axes: quantize_weight(weight, quantization.kind, axes), lambda leaf: leaf.ndim)
 
 
+def parts_of(paths: Iterable[Path_]) -> tuple[str, ...]:
+    """The parts of a model that these parameters belong to."""
+    found = {"vision" if path[0] == "vision" else "decoder" if path[1] == "layers" else "head" for path in paths}
+    return tuple(part for part in PARTS if part in found)
+
+
 def quantized_shapes(shapes: Params, quantization: Quantization | None) -> Params:
     """Of `quantize`, from the parameters' shapes."""
     if quantization is None:
@@ -181,4 +187,4 @@ def quantized_shardings(shardings: Params, quantization: Quantization | None) ->
     """How `quantize` cuts what is cut by these shardings, whose specs name every axis."""
     if quantization is None:
         return shardings
-    return _map(shardings, quantization, lambda s, axes: _cut(s, axes, len(s.spec)), lambda s: len(s.spec))
+    return _map(shardings, quantization, lambda s, axes: cut(s, axes, len(s.spec)), lambda s: len(s.spec))

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: parameters, and the plain causal forward that researchers jit, differentiate, vmap and shard."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: parameters, and the plain causal forward that researchers jit, differentiate, vmap and shard."""
 
 import functools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from svlm_jax.config import ModelConfig
 from svlm_jax.model.layers import Declare, run_layers
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
 from svlm_jax.model.text import Decoder
-from svlm_jax.model.vision import VisionTower
+from svlm_jax.model.vision import Features, VisionTower
 from svlm_jax.types import Array, Float, Int, Params, UInt8
 
 
@@ -88,18 +88,23 @@ def decode_positions(
     positions: Int[Array, "B T 3"],
     *,
     denominator: int = 1,
+    deep: Sequence[Float[Array, "B T D"]] = (),
     segments: Int[Array, "B T"] | None = None,
     remat: bool = False,
 ) -> Float[Array, "B T D"]:
-    """Embeddings through all layers, causally, at the given coordinates (units of 1 / denominator)."""
+    """Embeddings through all layers, causally, at the given coordinates (units of 1 / denominator).
+
+    Args:
+      deep: added to what the first layers put out (`deep_rows`).
+    """
     c = text.config
-    cos, sin = mrope_rotation(positions, sections=c.mrope_section, theta=c.rope_theta, denominator=denominator)
+    cos, sin = mrope_rotation(positions, axes=c.mrope_axes, theta=c.rope_theta, denominator=denominator)
     rotation = Rotation(cos[:, :, None], sin[:, :, None])
 
     def attend(q, k, v):
         return causal_attention(rotate(q, rotation), rotate(k, rotation), v, segments)
 
-    return run_layers(text.layers, c.num_hidden_layers, lambda layer, y: layer(y, attend), x, remat=remat)
+    return run_layers(text.layers, c.num_hidden_layers, lambda layer, y: layer(y, attend), x, added=deep, remat=remat)
 
 
 def embed_prompt(
@@ -107,9 +112,30 @@ def embed_prompt(
 ) -> Float[Array, "B T D"]:
     """Token embeddings with vision features put in at `places`, rows of T; a place outside [0, T) is dropped."""
     x = model.text.embed(tokens)
-    if features is None:
+    if features is None or places is None:
         return x
+    return _put(x, features, places)
+
+
+def _put(x: Float[Array, "B T D"], features: Float[Array, "B C D"], places: Int[Array, "B C"]) -> Float[Array, "B T D"]:
     return x.at[jnp.arange(x.shape[0])[:, None], places].set(features.astype(x.dtype), mode="drop")
+
+
+def deep_rows(
+    x: Float[Array, "B T D"], features: Features | None, places: Int[Array, "B C"] | None
+) -> tuple[Float[Array, "B T D"], ...]:
+    """What DeepStack adds to the decoder's first layers: nothing but at the vision pads of the prompt that `x` is the embedding of."""
+    if features is None or places is None:
+        return ()
+    return tuple(_put(jnp.zeros_like(x), level, places) for level in features.deep)
+
+
+def join_features(clips: Sequence[Features]) -> Features | None:
+    """Those of a prompt's visuals, one after the other; None of none."""
+    if not clips:
+        return None
+    deep = zip(*(clip.deep for clip in clips), strict=True)
+    return Features(jnp.concatenate([clip.embedded for clip in clips], 1), tuple(jnp.concatenate(level, 1) for level in deep))
 
 
 def forward(
@@ -135,14 +161,15 @@ def forward(
       remat: recompute every layer in the backward pass.
     """
     model = bind(config, params)
-    features = [vision_features(params, config, clip) for clip in visuals]
-    x = embed_prompt(model, tokens, jnp.concatenate(features, 1) if features else None, places)
-    x = decode_positions(model.text, x, positions, denominator=denominator, segments=segments, remat=remat)
+    features = join_features([vision_features(params, config, clip) for clip in visuals])
+    x = embed_prompt(model, tokens, features.embedded if features else None, places)
+    deep = deep_rows(x, features, places)
+    x = decode_positions(model.text, x, positions, denominator=denominator, deep=deep, segments=segments, remat=remat)
     return model.text.logits(x)
 
 
-def vision_features(params: Params, config: ModelConfig, frames: UInt8[Array, "B F 3 height width"]) -> Float[Array, "B C D"]:
-    """The merger's output for one clip (or image, F = 1) a row."""
+def vision_features(params: Params, config: ModelConfig, frames: UInt8[Array, "B F 3 height width"]) -> Features:
+    """What the vision tower makes of one clip (or image, F = 1) a row."""
     with jax.named_scope("vision"):
         return bind(config, params).vision(frames)
 

@@ -37,9 +37,9 @@ def rotation_table(head_dim: int, theta: float, denominator: int) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)]).reshape(2, DIGITS * BASE, -1).astype(np.float32)
 
 
-def _rotation(table: np.ndarray, coordinate: Int[Array, "..."], pairs: slice) -> Rotation:
+def _rotation(table: np.ndarray, coordinate: Int[Array, "..."], pairs: slice | np.ndarray) -> Rotation:
     digits = [((coordinate >> (8 * k)) & (BASE - 1)) + k * BASE for k in range(DIGITS)]
-    cos_table, sin_table = jnp.asarray(table[0, :, pairs]), jnp.asarray(table[1, :, pairs])
+    cos_table, sin_table = (jnp.asarray(part[:, pairs]) for part in table)
     cos, sin = cos_table[digits[0]], sin_table[digits[0]]
     for digit in digits[1:]:
         c, s = cos_table[digit], sin_table[digit]
@@ -53,16 +53,17 @@ def shift_rotation(coordinate: Int[Array, "..."], *, head_dim: int, theta: float
         return _rotation(rotation_table(head_dim, theta, denominator), coordinate, slice(None))
 
 
-def mrope_rotation(
-    coordinate: Int[Array, "... 3"], *, sections: tuple[int, int, int], theta: float, denominator: int
-) -> Rotation:
-    """The rotation at a (time, row, column) coordinate, [..., H/2]; `sections` says how many pairs each axis turns."""
+def mrope_rotation(coordinate: Int[Array, "... 3"], *, axes: tuple[int, ...], theta: float, denominator: int) -> Rotation:
+    """The rotation at a (time, row, column) coordinate, [..., H/2]; `axes` says which of the three turns each pair."""
     with jax.named_scope("rotation"):
-        table, parts, start = rotation_table(2 * sum(sections), theta, denominator), [], 0
-        for axis, count in enumerate(sections):
-            parts.append(_rotation(table, coordinate[..., axis], slice(start, start + count)))
-            start += count
-        return Rotation(jnp.concatenate([p.cos for p in parts], -1), jnp.concatenate([p.sin for p in parts], -1))
+        table = rotation_table(2 * len(axes), theta, denominator)
+        pairs = [np.flatnonzero(np.equal(axes, axis)) for axis in range(3)]
+        parts = [_rotation(table, coordinate[..., axis], turned) for axis, turned in enumerate(pairs)]
+        rotation = Rotation(*(jnp.concatenate(part, -1) for part in zip(*parts, strict=True)))
+        place = np.argsort(np.concatenate(pairs))
+        if (place == np.arange(len(axes))).all():  # one axis after the other
+            return rotation
+        return Rotation(*(part[..., place] for part in rotation))
 
 
 def rotate(x: Float[Array, "... H"], rotation: Rotation) -> Float[Array, "... H"]:
@@ -86,14 +87,20 @@ def clip_extent(grid: tuple[int, int, int], temporal_step: Fraction, denominator
     return int(clip_offsets(grid, temporal_step, denominator).max()) + denominator
 
 
-def vision_rotation(height: int, width: int, merge: int, head_dim: int, theta: float = 10_000.0) -> Rotation:
-    """Rotary positions of one grid of patches, [h * w, head_dim / 2], in processor order (merged blocks of merge x merge).
-
-    Half of the pairs turn with the row, half with the column.
-    """
+def patch_places(height: int, width: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each patch of a grid, [h * w] each, in processor order (merged blocks of merge x merge)."""
     row, column = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     blocks = (height // merge, merge, width // merge, merge)
     row, column = (a.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1) for a in (row, column))
+    return row, column
+
+
+def vision_rotation(height: int, width: int, merge: int, head_dim: int, theta: float = 10_000.0) -> Rotation:
+    """Rotary positions of one grid of patches, [h * w, head_dim / 2], in processor order.
+
+    Half of the pairs turn with the row, half with the column.
+    """
+    row, column = patch_places(height, width, merge)
     inverse_frequency = theta ** (-np.arange(0, head_dim // 2, 2, dtype=np.float64) / (head_dim // 2))
     angle = np.concatenate([row[:, None] * inverse_frequency, column[:, None] * inverse_frequency], -1)
     return Rotation(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))

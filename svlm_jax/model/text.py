@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder. A layer knows nothing of positions, masks or caches: its caller hands it `attend`.
+"""The decoder of Qwen2, Qwen2.5 and Qwen3. A layer knows nothing of positions, masks or caches: its caller hands it `attend`.
 
 Query, key and value weights are one array, grouped by key-value head (G query heads, one key, one value), and gate
 and up projections are another: one product each while decoding, and a tensor axis shards both without a seam.
@@ -40,7 +40,9 @@ class DecoderLayer(nnx.Module):
         d, f, k, h = c.hidden_size, c.intermediate_size, c.num_key_value_heads, c.head_dim or 0
         self.attention_norm = declare((d,), ("norm",), ones)
         self.qkv = declare((d, k, groups + 2, h), ("embed", "kv_heads", None, "head_dim"), fan_in(-4))
-        self.qkv_bias = declare((k, groups + 2, h), ("kv_heads", None, "head_dim"), zeros)
+        self.qkv_bias = declare((k, groups + 2, h), ("kv_heads", None, "head_dim"), zeros) if c.qkv_bias else None
+        self.query_norm = declare((h,), ("norm",), ones) if c.qk_norm else None
+        self.key_norm = declare((h,), ("norm",), ones) if c.qk_norm else None
         self.out = declare((k, groups, h, d), ("kv_heads", None, "head_dim", "embed"), fan_in(-4, -3, -2))
         self.mlp_norm = declare((d,), ("norm",), ones)
         self.gate_up = declare((d, 2, f), ("embed", None, "mlp"), fan_in(-3))
@@ -51,8 +53,11 @@ class DecoderLayer(nnx.Module):
         batch, length, _ = x.shape
         with jax.named_scope("attention"):
             y = rms_norm(x, self.attention_norm[...], epsilon)
-            qkv = checkpoint_name(product("qkv", "btd,dkch->btkch", y, self.qkv[...]) + self.qkv_bias[...], "qkv")
+            qkv = product("qkv", "btd,dkch->btkch", y, self.qkv[...])
+            qkv = checkpoint_name(qkv if self.qkv_bias is None else qkv + self.qkv_bias[...], "qkv")
             q, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+            if self.query_norm is not None and self.key_norm is not None:
+                q, key = rms_norm(q, self.query_norm[...], epsilon), rms_norm(key, self.key_norm[...], epsilon)
             heads = attend(q.reshape(batch, length, -1, q.shape[-1]), key, value).reshape(batch, length, -1)
             # One contracted axis: over three, the compiler transposes the weights before every product
             heads = checkpoint_name(heads, "heads")

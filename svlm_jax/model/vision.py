@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2.5-VL and Qwen2-VL: frames to one token for each 2x2 block of patches.
+"""The vision towers of Qwen2.5-VL, Qwen2-VL and Qwen3-VL: frames to one token for each 2x2 block of patches.
 
 One grid (a pair of frames) is a row of the batch, and every shape is fixed by the frame's size. The patches of a grid
 are kept in window order throughout, windows padded to one size at the right and bottom edges: window attention is a
@@ -8,22 +8,31 @@ reshape, and full attention masks the padding. A tower without windows has one w
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from svlm_jax.config import VisionConfig
+from svlm_jax.config import VisionConfig, VisionMlp
 from svlm_jax.model.layers import Declare, fan_in, layer_norm, once, ones, rms_norm, zeros
+from svlm_jax.model.learned_positions import stretched
 from svlm_jax.model.quantized import product
 from svlm_jax.model.rope import Rotation, rotate, vision_rotation
 from svlm_jax.types import Array, Bool, Float, Int, UInt8
 
-# CLIP's pixel statistics, in units of full scale (arXiv 2103.00020)
-PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+PIXELS = {  # mean and deviation of each colour, in units of full scale
+    "clip": (np.array([0.48145466, 0.4578275, 0.40821073], np.float32), np.array([0.26862954, 0.26130258, 0.27577711], np.float32)),  # arXiv 2103.00020
+    "symmetric": (np.full(3, 0.5, np.float32), np.full(3, 0.5, np.float32)),
+}
+
+
+class Features(NamedTuple):
+    """What the decoder is given of a clip's C tokens."""
+
+    embedded: Float[Array, "B C D"]  # in the place of token embeddings
+    deep: tuple[Float[Array, "B C D"], ...] = ()  # added to what the decoder's first layers put out (DeepStack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class WindowOrder:
 
 @functools.lru_cache(maxsize=64)
 def window_order(config: VisionConfig, height: int, width: int) -> WindowOrder:
-    """The window order of a frame of height x width pixels (multiples of 28)."""
+    """The window order of a frame of height x width pixels (multiples of a merged patch)."""
     merge, side = config.spatial_merge_size, config.merged_patch_size
     rows, columns = height // side, width // side
     tall, wide = (rows, columns) if config.window_size is None else (config.window_size // side,) * 2
@@ -68,7 +77,8 @@ def patchify(config: VisionConfig, frames: UInt8[Array, "B F 3 height width"]) -
         frames = jnp.concatenate([frames, jnp.repeat(frames[:, -1:], depth - frames.shape[1] % depth, axis=1)], axis=1)
     batch, count, channels, height, width = frames.shape
     x = frames.astype(jnp.float32) * np.float32(1 / 255)
-    x = (x - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
+    mean, deviation = (a[:, None, None] for a in PIXELS[config.pixels])
+    x = (x - mean) / deviation
     h, w = height // config.merged_patch_size, width // config.merged_patch_size
     x = x.reshape(batch, count // depth, depth, channels, h, merge, patch, w, merge, patch)
     x = x.transpose(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # b, grid, h, w, row in merge, column in merge, colour, frame, y, x
@@ -80,9 +90,11 @@ def normalise(x: Float[Array, "... E"], weight: nnx.Param, bias: nnx.Param | Non
     return rms_norm(x, weight[...], epsilon) if bias is None else layer_norm(x, weight[...], bias[...], epsilon)
 
 
-def activate(x: Float[Array, "... inputs F"]) -> Float[Array, "... F"]:
-    """What is between the MLP's products: SwiGLU of gate and up, or the quick GELU of one input (x * sigmoid(1.702 x))."""
-    return jax.nn.silu(x[..., 0, :]) * x[..., 1, :] if x.shape[-2] == 2 else x[..., 0, :] * jax.nn.sigmoid(1.702 * x[..., 0, :])
+ACTIVATIONS: dict[VisionMlp, Callable[[Array], Array]] = {  # what is between the MLP's products, of its inputs [..., inputs, F]
+    "swiglu": lambda x: jax.nn.silu(x[..., 0, :]) * x[..., 1, :],  # of gate and up
+    "quick_gelu": lambda x: x[..., 0, :] * jax.nn.sigmoid(1.702 * x[..., 0, :]),
+    "gelu_tanh": lambda x: jax.nn.gelu(x[..., 0, :], approximate=True),
+}
 
 
 Attend = Callable[..., Float[Array, "grids W p N H"]]  # of queries, keys and values [grids, W, p, N, H]
@@ -126,7 +138,7 @@ class VisionBlock(nnx.Module):
         with jax.named_scope("mlp"):
             y = normalise(x, self.mlp_norm, self.mlp_norm_bias, epsilon)
             gate_up = product("bwpe,ecf->bwpcf", y, self.gate_up[...]) + self.gate_up_bias[...]
-            return x + product("bwpf,fe->bwpe", activate(gate_up), self.down[...]) + self.down_bias[...]
+            return x + product("bwpf,fe->bwpe", ACTIVATIONS[self.config.mlp](gate_up), self.down[...]) + self.down_bias[...]
 
 
 def _attend(q: Array, k: Array, v: Array, valid: Array | None, *, full: bool) -> Array:
@@ -164,42 +176,62 @@ def masked_attention(
 _block = once(VisionBlock.__call__, "full")
 
 
-class VisionTower(nnx.Module):
-    """Patch embedding, blocks, and the merger that joins 2x2 patches into one token of the decoder."""
+class Merger(nnx.Module):
+    """Joins 2x2 patches into one token of the decoder: a norm of each patch, or (`joined_norm`) of the four as one, then an MLP."""
 
-    def __init__(self, config: VisionConfig, declare: Declare):
-        c, e = config, config.hidden_size
-        merged = e * c.spatial_merge_size**2
+    def __init__(self, config: VisionConfig, declare: Declare, *, joined_norm: bool = False):
+        c, merged = config, config.hidden_size * config.spatial_merge_size**2
+        normed = merged if joined_norm else c.hidden_size
         self.config = c
-        self.patch_embed = declare((c.patch_features, e), ("patch", "embed"), fan_in(-2))
-        self.blocks: Any = nnx.List([VisionBlock(c, declare) for _ in range(c.depth)])
-        self.merger_norm = declare((e,), ("norm",), ones)
-        self.merger_norm_bias = declare((e,), ("norm",), zeros) if c.norm == "layer" else None
+        self.merger_norm = declare((normed,), ("norm",), ones)
+        self.merger_norm_bias = declare((normed,), ("norm",), zeros) if c.norm == "layer" else None
         self.merger_in = declare((merged, merged), ("embed", "mlp"), fan_in(-2))
         self.merger_in_bias = declare((merged,), ("mlp",), zeros)
         self.merger_out = declare((merged, c.out_hidden_size), ("mlp", "embed"), fan_in(-2))
         self.merger_out_bias = declare((c.out_hidden_size,), ("norm",), zeros)
 
-    def __call__(self, frames: UInt8[Array, "B F 3 height width"]) -> Float[Array, "B C D"]:
-        """Features of the clip's C = ceil(F / 2) * height / 28 * width / 28 tokens, in the order (grid, row, column)."""
+    def merge(self, x: Float[Array, "grids W p E"], order: Int[Array, "C"] | slice) -> Float[Array, "grids C D"]:
+        """A block's output, patches in window order, as merged tokens: those at the places of `order`, in its order."""
+        with jax.named_scope("merger"):
+            x = x.reshape(x.shape[0], -1, self.merger_norm.shape[0])
+            x = normalise(x, self.merger_norm, self.merger_norm_bias, self.config.rms_norm_eps)
+            x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order]
+            x = product("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
+            x = jax.nn.gelu(x, approximate=False)
+            return product("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]
+
+
+class VisionTower(Merger):
+    """Patch embedding, blocks, and the mergers: the tower's own of the last block's output, and DeepStack's of some blocks before."""
+
+    def __init__(self, config: VisionConfig, declare: Declare):
+        c, e = config, config.hidden_size
+        self.patch_embed = declare((c.patch_features, e), ("patch", "embed"), fan_in(-2))
+        self.patch_embed_bias = declare((e,), ("norm",), zeros) if c.patch_bias else None
+        self.positions = declare((c.position_grid**2, e), ("patch", "embed"), fan_in(-1)) if c.position_grid else None
+        self.blocks: Any = nnx.List([VisionBlock(c, declare) for _ in range(c.depth)])
+        super().__init__(c, declare)
+        self.deepstack: Any = nnx.List([Merger(c, declare, joined_norm=True) for _ in c.deepstack_blocks]) if c.deepstack_blocks else None
+
+    def __call__(self, frames: UInt8[Array, "B F 3 height width"]) -> Features:
+        """Of a clip's C = ceil(F / 2) * height * width / merged patch tokens, in the order (grid, row, column)."""
         c, (batch, _, _, height, width) = self.config, frames.shape
         order = window_order(c, height, width)
         with jax.named_scope("patchify"):
             patches = patchify(c, frames).astype(self.patch_embed.dtype)[:, order.source]
         x = jnp.einsum("gpf,fe->gpe", patches, self.patch_embed[...])
+        if self.patch_embed_bias is not None:
+            x = x + self.patch_embed_bias[...]
+        if self.positions is not None:
+            size = (height // c.patch_size, width // c.patch_size)
+            x = x + stretched(self.positions[...], *size, c.spatial_merge_size)[order.source]
         x = x.reshape(x.shape[0], order.windows, order.window_patches, -1)
         rotation = Rotation(*(a.reshape(*x.shape[1:3], 1, -1) for a in order.rotation))
         valid = None if order.valid.all() else jnp.asarray(order.valid)
+        deep = []
         for index, block in enumerate(self.blocks):
             x = _block(block, x, rotation, valid, full=c.sees_all(index))
-        return self.merge(x, order.restore).reshape(batch, -1, c.out_hidden_size)
-
-    def merge(self, x: Float[Array, "grids W p E"], order: Int[Array, "C"] | slice) -> Float[Array, "grids C D"]:
-        """The blocks' output, patches in window order, as merged tokens: those at the places of `order`, in its order."""
-        c = self.config
-        with jax.named_scope("merger"):
-            x = normalise(x, self.merger_norm, self.merger_norm_bias, c.rms_norm_eps)
-            x = x.reshape(x.shape[0], -1, self.merger_in.shape[0])[:, order]
-            x = product("gte,em->gtm", x, self.merger_in[...]) + self.merger_in_bias[...]
-            x = jax.nn.gelu(x, approximate=False)
-            return product("gtm,md->gtd", x, self.merger_out[...]) + self.merger_out_bias[...]
+            if index in c.deepstack_blocks:
+                deep.append(self.deepstack[len(deep)].merge(x, order.restore))
+        clips = (merged.reshape(batch, -1, c.out_hidden_size) for merged in (self.merge(x, order.restore), *deep))
+        return Features(next(clips), tuple(clips))

@@ -44,6 +44,7 @@ def as_object(planned: Planned, command: str) -> dict[str, Any]:
         "hosts": planned.hosts,
         "model": planned.trainer.model.name,
         "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},
+        "steps": config.steps,
         "rows": config.data.rows,
         "tokens_per_row": config.data.shape.tokens,
         "accumulate": config.step.accumulate,
@@ -90,8 +91,15 @@ def table(planned: Planned, name: str) -> str:
     lines.append(verdict(planned.fits, planned.needed, planned.available))
     lines += [f"  {'change' if not planned.fits else 'note'}: {line}" for line in suggestions(planned)]
     if planned.memory:
-        lines += ["", *sent_lines(planned.sent), *_operations(planned), "", *_bounds(planned), f"  rates: {chip.source}"]
+        lines += ["", *sent_lines(planned.sent), *_operations(planned), "", *_bounds(planned), *_run(planned), f"  rates: {chip.source}"]
     return "\n".join(lines)
+
+
+def _run(planned: Planned) -> list[str]:
+    """All steps of the run, were each as short as it can be."""
+    steps = planned.config.steps
+    hours = steps * planned.bounds.seconds / 3600
+    return [f"  {f'{steps:,} steps, at least':<28}{hours:>10,.1f} h   {hours * planned.topology.count / 24:,.1f} chip-days"]
 
 
 def verdict(fits: bool, needed: int, available: int) -> str:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
+from svlm_jax.checkpoints.load import on_mesh
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.model.quantized import Quantization, quantized_shapes, quantized_shardings
@@ -24,7 +25,7 @@ from svlm_jax.sharding import MESH_AXES, make_mesh, param_shardings, state_shard
 from svlm_jax.streaming.engine import make_spec
 from svlm_jax.streaming.evict import evict
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.state import Prompt, StreamState, state_shapes
+from svlm_jax.streaming.state import StreamState, prompt_shapes, state_shapes
 from svlm_jax.streaming.step import decode, ingest, open_stream
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training.config import MeshConfig
@@ -46,9 +47,7 @@ def arguments(spec: StreamSpec, dtype: Any, *, streams: int = 1, quantization: Q
     params, state = quantized_shapes(abstract_params(spec.model, dtype=dtype), quantization), state_shapes(spec, streams, dtype)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), streams))
     frames = shape(streams, spec.stream.frames_per_round, 3, spec.height, spec.width, dtype=jnp.uint8)
-    room = spec.stream.question_capacity
-    question = (shape(streams, room), shape(streams)) if room else ()
-    prompt = Prompt(shape(streams, spec.time_capacity), shape(streams), shape(streams, dtype=jnp.bool_), *question)
+    prompt = prompt_shapes(spec, streams)
     return {
         "evict": (state,),
         "open_stream": (params, state, shape(), shape(spec.cache.words_capacity), shape()),
@@ -110,9 +109,9 @@ class Served:
 
 def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, streams: int, config: StreamConfig | None = None) -> Served:
     """Compiles what a round runs: `ingest` and `decode`, in bfloat16, of 720p video; at the defaults if there is no `config`."""
-    spec = stream_spec(model, config or StreamConfig())
     devices = compiling.devices(topology)
     mesh = make_mesh(**axes.sizes(len(devices)), devices=devices)
+    spec = stream_spec(on_mesh(model, mesh), config or StreamConfig())
     chips = mesh.size
     rates = Ceilings(topology.chip.memory_rate * chips / 1e12, topology.chip.operations * chips / 1e12)
     cached = spec.cache.slots

@@ -16,6 +16,7 @@ from svlm_jax.serving.decoder import LENGTH, MESSAGE
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "LD_LIBRARY_PATH", "SYSTEMROOT")  # no keys, no proxies
 LARGEST = 1 << 30  # bytes of a message; more is a decoder that has gone wrong
+START_SECONDS = 60.0  # that a decoder may take until it is there
 
 
 class Decoder:
@@ -35,6 +36,7 @@ class Decoder:
             start_new_session=True,  # Ctrl-C is for the server, which ends its streams in order
         )
         self._lock = threading.Lock()
+        self._up = False  # whether a decoder of pictures has said that it is there
 
     def messages(self) -> Iterator[tuple[bytes, bytes]]:
         """What it sends, until its end: (kind, payload). UserError where it died."""
@@ -48,22 +50,33 @@ class Decoder:
 
     def picture(self, data: bytes, seconds: float) -> bytes:
         """The pixels of one picture. UserError for one that cannot be read, or not in that time; the process may be dead then."""
+        if not self._up:  # how long a process takes to start says nothing of the picture
+            with self._within(START_SECONDS):
+                self._read()
+            self._up = True
+        try:
+            with self._within(seconds):
+                assert self._process.stdin is not None
+                self._process.stdin.write(LENGTH.pack(len(data)))
+                self._process.stdin.write(data)
+                self._process.stdin.flush()
+                kind, payload = self._read()
+        except (BrokenPipeError, ValueError):
+            raise UserError("a picture could not be decoded: its decoder ended") from None
+        if kind == b"E":
+            raise UserError(payload.decode())
+        return payload
+
+    @contextlib.contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Kills the process after that time."""
         timer = threading.Timer(seconds, self._process.kill)
         timer.daemon = True
         timer.start()
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(LENGTH.pack(len(data)))
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-            kind, payload = self._read()
-        except (BrokenPipeError, ValueError):
-            raise UserError("a picture could not be decoded: its decoder ended") from None
+            yield
         finally:
             timer.cancel()
-        if kind == b"E":
-            raise UserError(payload.decode())
-        return payload
 
     def _read(self) -> tuple[bytes, bytes]:
         assert self._process.stdout is not None

@@ -3,7 +3,8 @@
     python -m svlm_jax.serving.decoder JSON      one source; it ends with its parent, whose pipes it reads and writes
 
 Messages are a kind, the length of what follows, and that: `I` JSON about the source, `R` a round, `F` a picture, `E` what went wrong,
-`D` the end. In mode "pictures" it is sent pictures, each with its length before it, and answers each with `F` or `E`.
+`D` the end. In mode "pictures" it says `I` once it is there, is sent pictures, each with its length before it, and answers each with
+`F` or `E`.
 """
 
 import contextlib
@@ -140,6 +141,7 @@ def live(out: BinaryIO, job: dict[str, Any]) -> None:
 def pictures(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
     """Pictures as they are sent, in their order."""
     size = (job["height"], job["width"])
+    send(out, b"I", b"{}")  # from here on pictures are timed
     while head := source.read(LENGTH.size):
         data = source.read(LENGTH.unpack(head)[0])
         try:

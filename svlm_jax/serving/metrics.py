@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0)
 
@@ -33,6 +33,8 @@ class Metrics:
         self.state_bytes = Gauge("svlm_state_bytes", "Memory of all streams' state", registry=r)
         self.snapshots = Counter("svlm_snapshots", "Snapshots", ["result"], registry=r)
         self.chats = Counter("svlm_chats", "Chat completions", ["result"], registry=r)
+        self.compilations = Gauge("svlm_compilations", "Programs that were compiled since the start", registry=r)
+        ProcessCollector(registry=r)  # memory, time and open files of the process, on Linux
         self.requests = Counter("svlm_http_requests", "Requests that were answered", ["status"], registry=r)
 
     @contextmanager

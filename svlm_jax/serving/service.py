@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from svlm_jax.api import Checkpoint, random_weights, sample_clip
+from svlm_jax.bench.report import Compilations
 from svlm_jax.checkpoints.load import LoadedModel
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
 from svlm_jax.errors import UserError
-from svlm_jax.programs import Programs, check_memory, tree_bytes
+from svlm_jax.programs import Programs, check_memory, device_bytes, tree_bytes
 from svlm_jax.serving.events import Journal
 from svlm_jax.serving.limits import Limits, Refused
 from svlm_jax.serving.metrics import Metrics
@@ -26,6 +29,7 @@ from svlm_jax.serving.sessions import Session, Sessions, Wish, check_text, log, 
 from svlm_jax.serving.snapshots import Shelf, Snapshot, capture, decode, encode, fingerprint
 from svlm_jax.serving.sources import FileSource, Shape, Source
 from svlm_jax.streaming.engine import Engine, SavedStream, make_spec
+from svlm_jax.streaming.placed import check_streams
 from svlm_jax.streaming.prompt import encode_query, encode_words
 
 QUERY_ROOM = 64  # tokens of a stream's own query, at least
@@ -42,6 +46,7 @@ class ServeConfig:
     weights: str | None = None
     dtype: str | None = None
     quantize: str | None = None
+    mesh: Mesh | None = None  # devices that share model and streams; None: the first one alone
     places: int = 4  # streams at once
     size: tuple[int, int] | None = None  # height and width of all streams, in pixels before resizing; None: the clip's, or 720p
     allowed: Allowed = dataclasses.field(default_factory=Allowed)
@@ -56,7 +61,9 @@ class Service:
 
     def __init__(self, config: ServeConfig):
         s, self.config, self.limits = config.stream, config, config.limits
-        self.checkpoint = Checkpoint.open(config.model, weights=config.weights, dtype=config.dtype, quantize=config.quantize)
+        check_streams(config.mesh, config.places)
+        how: dict[str, Any] = {"weights": config.weights, "dtype": config.dtype, "quantize": config.quantize, "mesh": config.mesh}
+        self.checkpoint = Checkpoint.open(config.model, **how)
         height, width = config.size or (BUNDLED_SIZE if config.model is None else USUAL_SIZE)
         factor = self.checkpoint.config.vision.merged_patch_size
         size = resized_size(height, width, factor=factor, min_pixels=min(MIN_PIXELS, s.max_pixels), max_pixels=s.max_pixels)
@@ -64,7 +71,7 @@ class Service:
             self.checkpoint.config, s, self.checkpoint.tokenizer, height=size[0], width=size[1], query_capacity=QUERY_ROOM
         )
         self.shape = Shape(s.fps, s.chunk_seconds, s.frames_per_round, *size)
-        check_memory(self.spec, self.checkpoint.nbytes, self.checkpoint.dtype, streams=config.places)
+        check_memory(self.spec, device_bytes(self.checkpoint.shapes), self.checkpoint.dtype, streams=config.places, mesh=config.mesh)
         self.shelf = Shelf(config.state, config.limits.kept_snapshots) if config.state else None
         self.metrics = Metrics()
         self.sessions = Sessions(config.places, config.limits, self.metrics, self._wake)
@@ -96,21 +103,27 @@ class Service:
 
     def _run(self) -> None:
         try:
-            kinds = [True, False] if self.spec.query_capacity else [False]
-            programs = Programs(self.spec, self.checkpoint.shapes, self.checkpoint.dtype, kinds, streams=self.config.places)
-            self.model = self.checkpoint.load()
-            programs.wait("open_stream", "decode", *kinds)
-            programs.check_memory("decode", *kinds)
-            engine = Engine(self.model.params, self.spec, self.model.tokenizer, streams=self.config.places)
-            self.metrics.state_bytes.set(tree_bytes(engine.state))
-            self.scheduler = Scheduler(engine, self.sessions, self.metrics)
-            self.scheduler.run()
-            self.failure = self.scheduler.failure
+            with Compilations() as compilations:
+                self.metrics.compilations.set_function(lambda: compilations.count)
+                self._serve()
         except UserError as error:
             self.failure = str(error)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self._stopping()
+
+    def _serve(self) -> None:
+        """Loads and compiles, then runs rounds until the end."""
+        kinds = [True, False] if self.spec.query_capacity else [False]
+        programs = Programs(self.spec, self.checkpoint.shapes, self.checkpoint.dtype, kinds, streams=self.config.places)
+        self.model = self.checkpoint.load()
+        programs.wait("open_stream", "decode", *kinds)
+        programs.check_memory("decode", *kinds)
+        engine = Engine(self.model.params, self.spec, self.model.tokenizer, streams=self.config.places)
+        self.metrics.state_bytes.set(tree_bytes(engine.state))
+        self.scheduler = Scheduler(engine, self.sessions, self.metrics)
+        self.scheduler.run()
+        self.failure = self.scheduler.failure
 
     # Streams
 

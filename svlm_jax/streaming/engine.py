@@ -17,9 +17,20 @@ from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import compute_dtype
 from svlm_jax.streaming.layout import StreamSpec
-from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, spoken_ids, time_capacity
+from svlm_jax.streaming.placed import mesh_of, new_state, programs_on, rows_sharding
+from svlm_jax.streaming.prompt import (
+    PromptLayout,
+    encode_query,
+    encode_stamp,
+    encode_time,
+    encode_words,
+    spoken_ids,
+    stamp_capacity,
+    stamp_times,
+    time_capacity,
+)
 from svlm_jax.streaming.rows import read_compiled, turned_slots, write_compiled
-from svlm_jax.streaming.state import Prompt, StreamState, Turn, init_state
+from svlm_jax.streaming.state import Prompt, StreamState, Turn
 from svlm_jax.streaming.step import compiled, decode, ingest
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Key, Params, UInt8
@@ -44,6 +55,7 @@ def make_spec(
         width=width,
         time_capacity=time_capacity(tokenizer),
         query_capacity=max(query_capacity, len(encode_query(tokenizer, stream.query))),
+        stamp_capacity=stamp_capacity(tokenizer) if model.vision.stamped else 0,
         initial_words=len(encode_words(tokenizer, stream.previous_text)),
         watch=tuple(watch),
     )
@@ -112,17 +124,31 @@ class Round:
 class Engine:
     """B streams in lock step on one set of compiled programs.
 
-    Streams open and close between rounds, in any row, and no program is compiled anew for it.
+    Streams open and close between rounds, in any row, and no program is compiled anew for it. The engine is where its parameters are:
+    on one device, or on a mesh.
     """
 
     def __init__(self, params: Params, spec: StreamSpec, tokenizer: Tokenizer, *, streams: int = 1, dtype=None, state: StreamState | None = None):
         self.params, self.spec, self.tokenizer = params, spec, tokenizer
-        self.state = init_state(spec, streams, dtype or compute_dtype(params)) if state is None else state
-        self._keys = [jax.random.key(spec.stream.seed) for _ in range(streams)]
-        self._key = jnp.stack(self._keys)
+        self.mesh = mesh_of(params)
+        self.programs: Mapping[str, Callable] = (
+            {**compiled, "read_row": read_compiled, "write_row": write_compiled}
+            if self.mesh is None
+            else programs_on(self.mesh, spec, streams)
+        )
+        self.state = new_state(spec, streams, dtype or compute_dtype(params), self.mesh) if state is None else state
+        self._set_keys([jax.random.key(spec.stream.seed) for _ in range(streams)])
         self._rows: dict[int, StreamHost] = {}
         self._query = encode_query(tokenizer, spec.stream.query)
         self._round = 0 if state is None else int(state.round)  # as the device counts
+
+    def _set_keys(self, keys: Sequence[Key[Array, ""]]) -> None:
+        self._keys = list(keys)
+        stacked = jnp.stack(self._keys)
+        self._key = stacked if self.mesh is None else jax.device_put(stacked, rows_sharding(self.mesh, len(keys)))
+
+    def _set_key(self, row: int, key: Key[Array, ""]) -> None:
+        self._set_keys([*self._keys[:row], key, *self._keys[row + 1 :]])
 
     @property
     def streams(self) -> int:
@@ -153,8 +179,7 @@ class Engine:
             raise UserError(f"the query of stream {row} has {len(asked)} tokens and {self.spec.query_capacity} fit: shorten it")
         known = list(encode_words(self.tokenizer, text) if words is None else words)
         self._open(row, known)
-        self._keys[row] = jax.random.key(self.spec.stream.seed if seed is None else seed)
-        self._key = jnp.stack(self._keys)
+        self._set_key(row, jax.random.key(self.spec.stream.seed if seed is None else seed))
         self._rows[row] = StreamHost(query=asked, words=len(known), memory=known)
 
     def _open(self, row: int, words: list[int]) -> None:
@@ -163,21 +188,23 @@ class Engine:
             raise UserError(f"the previous text has {len(words)} tokens and {capacity} fit: shorten it or raise --text-sink or --text-sliding")
         padded = np.zeros(capacity, np.int32)
         padded[: len(words)] = words
-        self.state = compiled["open_stream"](self.params, self.state, np.asarray(row, np.int32), padded, np.asarray(len(words), np.int32))
+        self.state = self.programs["open_stream"](
+            self.params, self.state, np.asarray(row, np.int32), padded, np.asarray(len(words), np.int32)
+        )
 
     def restore_rows(self, rows: Mapping[int, StreamHost], keys: Sequence[Key[Array, ""]]) -> None:
         """What the host remembers of the streams whose state was put back (`streaming.snapshot`)."""
-        self._rows, self._keys = dict(rows), list(keys)
-        self._key = jnp.stack(self._keys)
+        self._rows = dict(rows)
+        self._set_keys(keys)
 
     def close(self, row: int = 0) -> None:
         """Ends the stream in `row` and empties it."""
         del self._rows[row]
-        self.state = compiled["close_stream"](self.state, np.asarray(row, np.int32))
+        self.state = self.programs["close_stream"](self.state, np.asarray(row, np.int32))
 
     def take(self, row: int = 0) -> SavedStream:
         """A copy of the stream in `row` as it is between rounds; the stream itself goes on."""
-        state = read_compiled(self.state, np.asarray(row, np.int32))
+        state = self.programs["read_row"](self.state, np.asarray(row, np.int32))
         return SavedStream(state, copy.deepcopy(self._rows[row]), np.asarray(jax.random.key_data(self._keys[row])), self._round)
 
     def put(self, row: int, saved: SavedStream) -> None:
@@ -188,9 +215,8 @@ class Engine:
             self._round = saved.round
             self.state = self.state.replace(round=jnp.asarray(saved.round, jnp.int32))
         order = turned_slots(self.spec.cache, self._round - saved.round)
-        self.state = write_compiled(self.state, saved.state, np.asarray(row, np.int32), order)
-        self._keys[row] = jax.random.wrap_key_data(jnp.asarray(saved.key))
-        self._key = jnp.stack(self._keys)
+        self.state = self.programs["write_row"](self.state, saved.state, np.asarray(row, np.int32), order)
+        self._set_key(row, jax.random.wrap_key_data(jnp.asarray(saved.key)))
         self._rows[row] = copy.deepcopy(saved.row)
 
     def prompt(self, times: Mapping[int, tuple[float, float]], questions: Mapping[int, str] | None = None) -> Prompt:
@@ -208,7 +234,7 @@ class Engine:
         time, time_length = ragged({row: encode_time(self.tokenizer, *t) for row, t in times.items()}, spec.time_capacity)
         active = np.zeros(streams, bool)
         active[list(times)] = True
-        question = question_length = query = query_length = None
+        question = question_length = query = query_length = stamp = stamp_length = None
         if questions and not spec.stream.question_capacity:
             raise UserError("this stream has no room for questions: make it with a question_capacity, in tokens")
         if spec.stream.question_capacity:  # in every round, so that asking compiles nothing
@@ -219,18 +245,25 @@ class Engine:
             question, question_length = ragged(asked, spec.stream.question_capacity)
         if any(self._rows[row].query and self._rows[row].age == 0 for row in times):
             query, query_length = ragged({row: self._rows[row].query for row in times if self._rows[row].age == 0}, spec.query_capacity)
-        return Prompt(time, time_length, active, question, question_length, query, query_length)
+        if spec.model.vision.stamped:
+            s, shape = spec.stream, (streams, len(spec.visuals))
+            stamp, stamp_length = np.zeros((*shape, spec.stamp_capacity), np.int32), np.zeros(shape, np.int32)
+            for row, (start, _) in times.items():
+                for index, seconds in enumerate(stamp_times(start, s.frames_per_round, s.fps)):
+                    ids = encode_stamp(self.tokenizer, seconds)
+                    stamp[row, index, : len(ids)], stamp_length[row, index] = ids, len(ids)
+        return Prompt(time, time_length, active, question, question_length, query, query_length, stamp, stamp_length)
 
     def ingest(self, frames: UInt8[Array, "B F 3 height width"], prompt: Prompt) -> Array:
         """A round up to its first tokens, int32 [B]; enqueued, not awaited."""
         for row in self._rows.values():
             self._check_capacity(row)
-        self.state, first = compiled["ingest"](self.params, self.state, frames, prompt, self._key)
+        self.state, first = self.programs["ingest"](self.params, self.state, frames, prompt, self._key)
         return first
 
     def decode(self) -> Turn:
         """The rest of the round; enqueued, not awaited."""
-        self.state, turn = compiled["decode"](self.params, self.state, self._key)
+        self.state, turn = self.programs["decode"](self.params, self.state, self._key)
         self._round += 1
         for row in self._rows.values():
             row.age += 1

@@ -17,6 +17,7 @@ import numpy as np
 from svlm_jax.streaming.layout import Field, Ring
 from svlm_jax.streaming.moves import relocate
 from svlm_jax.streaming.plan import Leaving, Move, Plan
+from svlm_jax.streaming.shards import on_shards
 from svlm_jax.streaming.state import StreamState
 from svlm_jax.types import Array, Bool, Int, Slot
 
@@ -31,9 +32,12 @@ def _span(state: StreamState, ring: Ring, round: Array, leaves: Bool[Array, "B"]
 
     def run(start: Slot, of: np.ndarray, leaves: Array) -> Leaving:
         slots = jax.lax.dynamic_slice_in_dim(state.valid, start, len(of), axis=1) & np.isin(of, fields) & leaves[:, None]
-        tokens = jnp.sum(slots & (of != Field.CLIP), axis=1, dtype=jnp.int32)
-        clip = jnp.any(slots & (of == Field.CLIP), axis=1)
-        extent = tokens * spec.unit + jnp.where(clip, spec.pads_extent + 2 * spec.unit, 0)
+        pads = np.zeros(len(of), bool)
+        if (of == Field.CLIP).any():
+            pads[of == Field.CLIP] = spec.clip_pads
+        tokens = jnp.sum(slots & ~pads, axis=1, dtype=jnp.int32)
+        clip = jnp.any(slots & pads, axis=1)
+        extent = tokens * spec.unit + jnp.where(clip, len(spec.visuals) * spec.pads_extent, 0)
         return Leaving(jnp.asarray(start, jnp.int32), slots, extent)
 
     room, of = ring.room(round), ring.room_fields
@@ -154,4 +158,4 @@ def evict(state: StreamState) -> StreamState:
             plan = functools.partial(_vision_longer, ring=cache.clips)
         else:
             plan = _equal_windows
-        return relocate(state, plan)
+        return on_shards(lambda own: relocate(own, plan), state)

@@ -15,6 +15,7 @@ The spill holds the middle of an initial text that is longer than sink and ring;
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Field(enum.IntEnum):
     HEAD = 7
     TIME = 8
     QUESTION = 9
-    CLIP = 10  # vision_start to vision_end
+    CLIP = 10  # vision_start to vision_end, or from the first stamp to the last vision_end
     QUERY = 11  # the first round's
     CLOSE = 12
     ASSISTANT = 13
@@ -128,6 +129,7 @@ class StreamSpec:
     width: int
     time_capacity: int  # tokens of the longest time text
     query_capacity: int = 64  # tokens of the longest first-round query
+    stamp_capacity: int = 0  # tokens of the longest stamp, where the model's clips are stamped
     initial_words: int = 0  # tokens of the longest initial previous text (sink and ring always fit)
     watch: tuple[int, ...] = ()  # token ids whose raw logits every step records
 
@@ -152,19 +154,41 @@ class StreamSpec:
         return self.temporal_step.denominator
 
     @functools.cached_property
-    def clip_tokens(self) -> tuple[int, ...]:
-        p, (t, h, w) = self.prompt, self.grid
-        return (p.vision_start, *([p.video_pad] * (t * h * w)), p.vision_end)
+    def visual_grid(self) -> tuple[int, int, int]:
+        """Of one visual in a clip: a clip is one, or, where clips are stamped, as many as it has temporal grids."""
+        t, h, w = self.grid
+        return (1, h, w) if self.model.vision.stamped else (t, h, w)
 
     @functools.cached_property
-    def clip_offsets(self) -> np.ndarray:
-        """int32 [t h w, 3] coordinates of the pads after the clip's base."""
-        return clip_offsets(self.grid, self.temporal_step, self.unit)
+    def visuals(self) -> tuple[tuple[int, int], ...]:
+        """(first, stop) row of every visual's pads, counted from the clip's first row."""
+        pads = math.prod(self.visual_grid)
+        stamp = self.stamp_capacity if self.model.vision.stamped else 0
+        starts = (index * (stamp + pads + 2) + stamp + 1 for index in range(self.grid[0] // self.visual_grid[0]))
+        return tuple((start, start + pads) for start in starts)
+
+    @functools.cached_property
+    def clip_tokens(self) -> tuple[int, ...]:
+        """Of a clip's rows; 0 where a stamp stands."""
+        p, ids = self.prompt, [0] * (self.visuals[-1][1] + 1)
+        for first, stop in self.visuals:
+            ids[first - 1 : stop + 1] = [p.vision_start, *([p.video_pad] * (stop - first)), p.vision_end]
+        return tuple(ids)
+
+    @functools.cached_property
+    def clip_pads(self) -> np.ndarray:
+        """bool [rows]: which of a clip's rows are pads."""
+        return np.equal(self.clip_tokens, self.prompt.video_pad)
+
+    @functools.cached_property
+    def pad_offsets(self) -> np.ndarray:
+        """int32 [t h w, 3] coordinates of a visual's pads after its base."""
+        return clip_offsets(self.visual_grid, self.temporal_step, self.unit)
 
     @functools.cached_property
     def pads_extent(self) -> int:
-        """Coordinates that the pads take; the whole clip takes two positions more."""
-        return clip_extent(self.grid, self.temporal_step, self.unit)
+        """Coordinates that a visual's pads take; all else in a clip takes a position a token."""
+        return clip_extent(self.visual_grid, self.temporal_step, self.unit)
 
     @functools.cached_property
     def cache(self) -> "CacheLayout":

@@ -1,7 +1,8 @@
 """How a stream is put into tokens: the pieces of the sequence, and what a turn's tokens say.
 
     system | previous_text_head WORDS block_close | round | round | ...
-    round = user_head time vision_start video_pad*n vision_end [query] block_close assistant_head turn im_end newline
+    round = user_head time clip [query] block_close assistant_head turn im_end newline
+    clip  = vision_start video_pad*n vision_end, of a model whose clips are stamped (Qwen3-VL) once a pair of frames, behind its stamp
 
 Pieces are encoded one by one and joined as ids. That gives the ids of the joined text, because special tokens and the
 newline before `Time` are boundaries that no merge crosses. Only a previous text that starts with blank lines differs: there the
@@ -69,7 +70,7 @@ class PromptLayout:
 def _single(tokenizer: Tokenizer, text: str) -> int:
     ids = tokenizer.encode_plain(text)
     if len(ids) != 1:
-        raise UserError(f"{text!r} is {len(ids)} tokens here and must be one: use the tokenizer of a Qwen2-VL or Qwen2.5-VL model")
+        raise UserError(f"{text!r} is {len(ids)} tokens here and must be one: use the tokenizer of a Qwen-VL model")
     return ids[0]
 
 
@@ -91,6 +92,27 @@ def encode_time(tokenizer: Tokenizer, start: float, end: float) -> tuple[int, ..
     if len(ids) > time_capacity(tokenizer):
         raise UserError(f"{time_text(start, end)} is too long a time: a stream ends at {LONGEST_TIME[1]:.0f} seconds; start a new one")
     return ids
+
+
+def stamp_text(seconds: float) -> str:
+    """What stands before a pair of frames where clips are stamped, for the mean of their times in the video: `<12.2 seconds>`."""
+    return f"<{seconds:.1f} seconds>"
+
+
+def stamp_times(start: float, frames: int, fps: float) -> list[float]:
+    """The times of a clip's pairs of frames, the first at `start`, in seconds; an odd last frame makes a pair with itself."""
+    times = [start + index / fps for index in range(frames)]
+    return [(first + times[min(index + 1, frames - 1)]) / 2 for index, first in enumerate(times) if index % 2 == 0]
+
+
+def stamp_capacity(tokenizer: Tokenizer) -> int:
+    """Tokens that every stamp's place keeps free: those of the longest one allowed."""
+    return len(tokenizer.encode_plain(stamp_text(LONGEST_TIME[1])))
+
+
+def encode_stamp(tokenizer: Tokenizer, seconds: float) -> tuple[int, ...]:
+    """The ids of `stamp_text`, for a time that `encode_time` has let pass."""
+    return tuple(tokenizer.encode_plain(stamp_text(seconds)))
 
 
 def encode_words(tokenizer: Tokenizer, previous_text: str) -> tuple[int, ...]:

@@ -22,10 +22,10 @@ class StreamState:
 
     k: tuple[Rows, ...]  # [B, K, S, H], one array a layer: keys, rotated at the coordinate u they were written with
     v: tuple[Rows, ...]
-    closing: tuple[
-        Float[Array, "B K C H"], ...
-    ]  # keys in eight bits only: those of the previous text's closing tokens, not rotated; else empty
-    embeddings: tuple[Float[Array, "B 1 S D"], ...]  # mode "recompute" only: what each slot's token looked like; else empty
+    # Keys in eight bits only, else empty: those of the previous text's closing tokens, not rotated
+    closing: tuple[Float[Array, "B K C H"], ...]
+    # Mode "recompute" only, else empty: what each slot's token looked like, and what DeepStack adds to it, an array a layer
+    embeddings: tuple[Float[Array, "B 1 S D"], ...]
     valid: Bool[Array, "B S"]
     tokens: Int[Array, "B S"]
     coordinates: Int[Array, "B 3 S"]  # u, in units of 1/unit; position p = u - shift of the slot's region
@@ -57,6 +57,8 @@ class Prompt:
     question_length: Int[Array, "B"] | None = None
     query: Int[Array, "B query_capacity"] | None = None  # after the clip; a stream's first round only
     query_length: Int[Array, "B"] | None = None
+    stamp: Int[Array, "B visuals stamp_capacity"] | None = None  # of each visual, where clips are stamped
+    stamp_length: Int[Array, "B visuals"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -87,11 +89,31 @@ def state_shapes(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> St
     return jax.eval_shape(lambda: init_state(spec, streams, dtype))
 
 
+def prompt_shapes(spec: StreamSpec, streams: int, *, query: bool = False) -> Prompt:
+    """A round's prompt as `jax.ShapeDtypeStruct`s: a later round's, or (`query`) a first one's."""
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((streams, *sizes), dtype)
+
+    def ids(present: bool, *sizes: int) -> tuple[Any, Any]:
+        return (shape(*sizes), shape(*sizes[:-1])) if present else (None, None)
+
+    room, stamped = spec.stream.question_capacity, spec.model.vision.stamped
+    return Prompt(
+        *ids(True, spec.time_capacity),
+        shape(dtype=jnp.bool_),
+        *ids(room > 0, room),
+        *ids(query, spec.query_capacity),
+        *ids(stamped, len(spec.visuals) if stamped else 0, spec.stamp_capacity),
+    )
+
+
 def init_state(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> StreamState:
     """No stream is open: `open_stream` opens a row. `dtype` is that of keys and values, where they are not kept in eight bits."""
     t, cache, layers = spec.model.text, spec.cache, spec.model.text.num_hidden_layers
-    recompute, eight = spec.stream.mode == "recompute", spec.stream.kv == "int8"
+    eight = spec.stream.kv == "int8"
     heads, head_dim = t.num_key_value_heads, t.head_dim or 0
+    kept = 1 + len(spec.model.vision.deepstack_blocks) if spec.stream.mode == "recompute" else 0
     budget = spec.stream.max_new_tokens
 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
@@ -111,7 +133,7 @@ def init_state(spec: StreamSpec, streams: int, dtype: Any = jnp.float32) -> Stre
         k=tuple(rows() for _ in range(layers)),
         v=tuple(rows() for _ in range(layers)),
         closing=tuple(zeros(streams, heads, closing, head_dim, dtype=dtype) for _ in range(layers)) if keeps_closing(spec.stream) else (),
-        embeddings=(zeros(streams, 1, cache.slots, t.hidden_size, dtype=dtype),) if recompute else (),
+        embeddings=tuple(zeros(streams, 1, cache.slots, t.hidden_size, dtype=dtype) for _ in range(kept)),
         valid=zeros(streams, cache.slots, dtype=jnp.bool_),
         tokens=zeros(streams, cache.slots),
         coordinates=zeros(streams, 3, cache.slots),

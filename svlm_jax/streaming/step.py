@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
 
 def _rotation(spec: StreamSpec, coordinates: Int[Array, "... 3"]) -> Rotation:
     t = spec.model.text
-    return mrope_rotation(coordinates, sections=t.mrope_section, theta=t.rope_theta, denominator=spec.unit)
+    return mrope_rotation(coordinates, axes=t.mrope_axes, theta=t.rope_theta, denominator=spec.unit)
 
 
 def _append(x: Array, rows: Array, runs: Sequence[Run], axis: int = 2) -> Array:
@@ -71,8 +71,14 @@ def _note(state: StreamState, chunk: Chunk, u: Int[Array, "B T 3"]) -> StreamSta
     return state.replace(**{name: _append(getattr(state, name), rows, chunk.runs, axis=rows.ndim - 1) for name, rows in facts.items()})
 
 
-def _prefill(model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], StreamState]:
-    """New tokens through all layers, over the cache and themselves; their keys and values go into the chunk's runs."""
+def _prefill(
+    model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B T D"], deep: Sequence[Float[Array, "B T D"]] = ()
+) -> tuple[Float[Array, "B T D"], StreamState]:
+    """New tokens through all layers, over the cache and themselves; their keys and values go into the chunk's runs.
+
+    Args:
+      deep: added to what the first layers put out.
+    """
     spec, cache = state.spec, state.spec.cache
     # [B, R, T, 3]: a query at p meets region g as R(p + D_g) q; the chunk itself stands in the last region, ROUNDS
     rotation = _rotation(spec, chunk.positions[:, None] + state.shift[:, :, None, None])
@@ -86,6 +92,7 @@ def _prefill(model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B
     for index in range(len(ks)):
         layer, past = take_layer(model.text.layers, index), (ks[index], vs[index], state.valid, plan)
         x, ks[index], vs[index] = _layer(layer, x, *past, query_turn, key_turn, chunk.valid, slots, only, regions=cache.regions, shape=shape)
+        x = x + deep[index] if index < len(deep) else x
     return x, state.replace(k=tuple(ks), v=tuple(vs))
 
 
@@ -120,7 +127,7 @@ def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"]
     t, row, column = (jnp.where(state.valid, positions[:, axis], np.iinfo(np.int32).max) for axis in range(3))
     order = jnp.lexsort((column, row, t), axis=-1)
     place = jnp.argsort(order, axis=-1)
-    x = jnp.take_along_axis(state.embeddings[0][:, 0], order[..., None], axis=1)
+    x, *deep = (jnp.take_along_axis(rows[:, 0], order[..., None], axis=1) for rows in state.embeddings)
     valid = jnp.take_along_axis(state.valid, order, axis=1)
 
     def turn(coordinates: Int[Array, "B 3 S"]) -> Rotation:
@@ -142,6 +149,7 @@ def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"]
             return out
 
         x = take_layer(model.text.layers, index)(x, attend)
+        x = x + deep[index] if index < len(deep) else x
     last = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1), state.replace(k=tuple(ks), v=tuple(vs))
 
@@ -175,7 +183,7 @@ def _chunk(state: StreamState, prompt: Prompt) -> tuple[Int[Array, "B T"], Bool[
     filled(Field.TIME, prompt.time, prompt.time_length, spec.time_capacity)
     if prompt.question is not None and prompt.question_length is not None:
         filled(Field.QUESTION, prompt.question, prompt.question_length, ring.question)
-    constant(Field.CLIP, spec.clip_tokens)
+    columns.append((Field.CLIP, *_clip(spec, prompt, batch)))
     if prompt.query is not None and prompt.query_length is not None:
         filled(Field.QUERY, prompt.query, jnp.where(older, 0, prompt.query_length), ring.query)
     constant(Field.CLOSE, p.block_close)
@@ -205,23 +213,47 @@ def _chunk(state: StreamState, prompt: Prompt) -> tuple[Int[Array, "B T"], Bool[
     return tokens, valid, runs, clip_row
 
 
+def _clip(spec: StreamSpec, prompt: Prompt, batch: int) -> tuple[Int[Array, "B rows"], Bool[Array, "B rows"]]:
+    """A clip's tokens, and which of its rows hold one: all do but for what a stamp leaves free of its place."""
+    tokens = jnp.broadcast_to(jnp.asarray(spec.clip_tokens, jnp.int32), (batch, len(spec.clip_tokens)))
+    valid = jnp.ones(tokens.shape, jnp.bool_)
+    if prompt.stamp is not None and prompt.stamp_length is not None:
+        size = spec.stamp_capacity
+        for index, (first, _) in enumerate(spec.visuals):
+            place = slice(first - 1 - size, first - 1)
+            tokens = tokens.at[:, place].set(prompt.stamp[:, index])
+            valid = valid.at[:, place].set(jnp.arange(size) < prompt.stamp_length[:, index, None])
+    return tokens, valid
+
+
+def _at_pads(spec: StreamSpec, x: Float[Array, "B T D"], features: Float[Array, "B C D"], clip_row: int) -> Float[Array, "B T D"]:
+    """x with the clip's features in its pads' rows."""
+    pieces, end, taken = [], 0, 0
+    for first, stop in spec.visuals:
+        count = stop - first
+        pieces += [x[:, end : clip_row + first], features[:, taken : taken + count].astype(x.dtype)]
+        end, taken = clip_row + stop, taken + count
+    return jnp.concatenate([*pieces, x[:, end:]], axis=1)
+
+
 def _positions(
     spec: StreamSpec, valid: Bool[Array, "B T"], start: Int[Array, "B"], clip_row: int | None
 ) -> tuple[Int[Array, "B T 3"], Int[Array, "B"]]:
-    """Coordinates of a chunk's rows from `start` on, and the first one behind them. Text counts on, the clip spans its grid."""
+    """Coordinates of a chunk's rows from `start` on, and the first one behind them. Text counts on, every visual spans its grid."""
     unit, rows = spec.unit, valid.shape[1]
     text = np.ones(rows, bool)
     pads = np.zeros((rows, 3), np.int32)
-    base = np.zeros(rows, bool)  # rows behind the clip's pads
+    passed = np.zeros(rows, np.int32)  # coordinates that the pads before a row take
     if clip_row is not None:
-        first, stop = clip_row + 1, clip_row + len(spec.clip_tokens) - 1
-        text[first:stop], base[stop:] = False, True
-        pads[first:stop] = spec.clip_offsets
+        for first, stop in spec.visuals:
+            rows_of = slice(clip_row + first, clip_row + stop)
+            text[rows_of], pads[rows_of] = False, spec.pad_offsets
+            passed[rows_of.stop :] += spec.pads_extent
     counted = jnp.cumsum(valid & text, axis=1, dtype=jnp.int32)
-    before = (counted - (valid & text)) * unit + base * spec.pads_extent
+    before = (counted - (valid & text)) * unit + passed
     positions = (start[:, None] + before)[..., None] + pads
     active = valid[:, -1]
-    extent = counted[:, -1] * unit + (spec.pads_extent if clip_row is not None else 0)
+    extent = counted[:, -1] * unit + passed[-1]
     return positions, start + jnp.where(active, extent, 0)
 
 
@@ -268,24 +300,35 @@ def ingest(
     with jax.named_scope("vision"):
         features = model.vision(frames)
     with jax.named_scope("prefill"):
-        first, count = clip_row + 1, features.shape[1]
-        x = model.text.embed(tokens)
-        x = jnp.concatenate([x[:, :first], features.astype(x.dtype), x[:, first + count :]], axis=1)
+        x = _at_pads(spec, model.text.embed(tokens), features.embedded, clip_row)
+        deep = tuple(_at_pads(spec, jnp.zeros_like(x), level, clip_row) for level in features.deep)
         state = state.replace(next_position=after)
-        return first_token(model, state, Chunk(tokens, valid, positions, tuple(runs)), x, key, prompt.active)
+        return first_token(model, state, Chunk(tokens, valid, positions, tuple(runs)), x, key, prompt.active, deep=deep)
 
 
 def first_token(
-    model: QwenVL, state: StreamState, chunk: Chunk, x: Float[Array, "B T D"], key: Key[Array, "B"], goes: Bool[Array, "B"]
+    model: QwenVL,
+    state: StreamState,
+    chunk: Chunk,
+    x: Float[Array, "B T D"],
+    key: Key[Array, "B"],
+    goes: Bool[Array, "B"],
+    *,
+    deep: Sequence[Float[Array, "B T D"]] = (),
 ) -> tuple[StreamState, Int[Array, "B"]]:
-    """Runs a chunk, whose last row is its last token, and samples the turn's first token in the streams that go on."""
+    """Runs a chunk, whose last row is its last token, and samples the turn's first token in the streams that go on.
+
+    Args:
+      deep: added to what the decoder's first layers put out, a row a token.
+    """
     spec = state.spec
     u = chunk.positions + state.shift[:, -1, None, None]
     if state.embeddings:
-        state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], chunk.runs),))
+        fresh = zip(state.embeddings, (x, *deep), strict=True)
+        state = state.replace(embeddings=tuple(_append(kept, rows[:, None], chunk.runs) for kept, rows in fresh))
         x, state = _recompute(model, _note(state, chunk, u))
     else:
-        x, state = _prefill(model, state, chunk, x)
+        x, state = _prefill(model, state, chunk, x, deep)
         state = _note(state, chunk, u)
     state = state.replace(
         turn=jnp.zeros_like(state.turn),
@@ -307,7 +350,8 @@ def _decode_step(model: QwenVL, state: StreamState, key: Key[Array, "B"], step: 
     x = model.text.embed(token)
     chunk = Chunk(token, goes[:, None], positions, (Run(0, 1, ring.slot(Field.GENERATED, room) + step - 1),))
     if state.embeddings:
-        state = state.replace(embeddings=(_append(state.embeddings[0], x[:, None], chunk.runs),))
+        embedding, *deep = state.embeddings  # DeepStack adds nothing to words
+        state = state.replace(embeddings=(_append(embedding, x[:, None], chunk.runs), *deep))
     x, state = _prefill(model, state, chunk, x)
     state = _note(state, chunk, positions + state.shift[:, -1, None, None])
     state = state.replace(next_position=state.next_position + goes * spec.unit)
@@ -366,7 +410,7 @@ def open_stream(params: Params, state: StreamState, row: Int[Array, ""], words: 
 
     with jax.named_scope("open_stream"):
         x = model.text.embed(tokens)
-        embeddings = tuple(write(e, x[:, None], 2) for e in state.embeddings)
+        embeddings = (*(write(e, x[:, None], 2) for e in state.embeddings[:1]), *state.embeddings[1:])
         turn = Rotation(*(a[:, :, None] for a in _rotation(spec, positions)))
         ks, vs, closing = list(state.k), list(state.v), list(state.closing)
         for layer in range(len(ks)):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from svlm_jax import storage
 from svlm_jax.checkpoints.hub_config import TokenIds, write_config
 from svlm_jax.checkpoints.run_form import MODEL, described_in
 from svlm_jax.checkpoints.save import copy_companions, write_json
@@ -50,11 +51,12 @@ class Checkpoints:
     manager: ocp.CheckpointManager
 
     @classmethod
-    def open(cls, directory: Path, config: CheckpointConfig) -> "Checkpoints":
+    def open(cls, directory: str | Path, config: CheckpointConfig) -> "Checkpoints":
+        """Those in `directory`, which is made if need be; it may be in a bucket."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, keep_period=config.keep_every or None, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        return cls(ocp.CheckpointManager(directory.resolve(), options=options))
+        return cls(ocp.CheckpointManager(storage.directory(str(directory)), options=options))
 
     @property
     def latest(self) -> int | None:

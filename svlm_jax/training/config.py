@@ -90,7 +90,7 @@ class HostsConfig:
 class RunConfig:
     """A run. What is in `out` already is gone on with."""
 
-    out: str  # directory of checkpoints, metrics and the resolved config
+    out: str  # directory of checkpoints, metrics and the resolved config; gs://BUCKET/... too
     data: DataConfig
     steps: int  # batches to take
     model: str = "7b"  # a name of `configs.models`, for random weights; not looked at with `weights`

@@ -11,9 +11,10 @@ from svlm_jax.config import ModelConfig
 from svlm_jax.data.batch import Batch
 from svlm_jax.errors import UserError
 from svlm_jax.model.packed_vision import packed_features
-from svlm_jax.model.qwen_vl import QwenVL, bind, embed_prompt, is_stacked, logical_axes
+from svlm_jax.model.qwen_vl import QwenVL, bind, is_stacked, logical_axes
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
 from svlm_jax.training.attention import Attention
+from svlm_jax.training.embedding import embedded
 from svlm_jax.training.lora import Adapters
 from svlm_jax.training.placement import Placement
 from svlm_jax.training.remat import rematerialised
@@ -47,8 +48,7 @@ def hidden_states(
     with jax.named_scope("vision"):
         features = _features(model, batch, recipe)
     with jax.named_scope("embed"):
-        rows = batch.places.shape[0]
-        x = place.rows(embed_prompt(model, batch.tokens, features, batch.places.reshape(rows, -1)))
+        x = place.rows(embedded(model, batch, features))
     with jax.named_scope("decoder"):
         return model, _decode(model, x, batch, recipe, axes["text"]["layers"], adapters or Adapters())
 
@@ -83,7 +83,7 @@ def _decode(
     model: QwenVL, x: Array, batch: Batch, recipe: Recipe, axes: dict[str, tuple[str | None, ...]], adapters: Adapters
 ) -> Array:
     c, place = model.text.config, recipe.placement
-    cos, sin = mrope_rotation(batch.positions, sections=c.mrope_section, theta=c.rope_theta, denominator=recipe.unit)
+    cos, sin = mrope_rotation(batch.positions, axes=c.mrope_axes, theta=c.rope_theta, denominator=recipe.unit)
     rotation = Rotation(*(place.rows(a)[:, :, None] for a in (cos, sin)))
 
     def attend(q: Array, k: Array, v: Array) -> Array:

@@ -158,6 +158,8 @@ def run(
             stop = hosts.stop_asked(now.step, ended())
             more = not stop and now.step < config.steps
 
+            metrics.loss.is_ready()  # type: ignore[union-attr]  (the first look only asks a GPU to tell: it is never yes)
+
             def busy(metrics: Metrics = metrics) -> bool:
                 return not metrics.loss.is_ready()  # type: ignore[union-attr]
 
@@ -175,6 +177,7 @@ def run(
                     clock.lap("evaluation")
                 report.write(record)  # before the checkpoint: a step that is saved has its line
             if save:
+                report.publish()
                 checkpoints.save(now.step, state, now.place)
                 clock.lap("saving")
             if taken is None and now.step < config.steps:

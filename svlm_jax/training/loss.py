@@ -56,15 +56,21 @@ def plain_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch) -> tuple[F
 def _pieces(batch: Batch, chunk: int) -> tuple[Int[Array, "B T"], Any]:
     """(order of a row's tokens, (order, targets, whether asked) in pieces [n, B, chunk]).
 
-    Labelled tokens of each row come first, in order: the pieces behind the longest row's last ask for nothing.
+    Labelled tokens of each row come first, in order: the pieces behind the longest row's last ask for nothing. The last piece is filled up
+    with T, which is no token.
     """
     targets, asked = targets_of(batch)
     order = jnp.argsort(~asked, axis=1, stable=True)
     length = order.shape[1]
-    padded = jnp.pad(order, [(0, 0), (0, -length % chunk)])
+    padded = jnp.pad(order, [(0, 0), (0, -length % chunk)], constant_values=length)
     asked = jnp.pad(jnp.take_along_axis(asked, order, 1), [(0, 0), (0, -length % chunk)])
-    targets = jnp.take_along_axis(targets, padded, 1)
+    targets = jnp.take_along_axis(targets, jnp.minimum(padded, length - 1), 1)
     return order, tuple(a.reshape(a.shape[0], -1, chunk).swapaxes(0, 1) for a in (padded, targets, asked))
+
+
+def _tokens_at(x: Float[Array, "B T D"], places: Int[Array, "B C"]) -> Float[Array, "B C D"]:
+    """Zeros outside [0, T). That no token is taken twice is said, so that the backward pass may write where it would have to add."""
+    return x.at[jnp.arange(len(x))[:, None], places].get(mode="fill", fill_value=0, unique_indices=True)
 
 
 def token_losses(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk: int) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
@@ -76,7 +82,7 @@ def token_losses(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk
         order, pieces = _pieces(batch, chunk)
 
         def some(places: Array, targets: Array, asked: Array) -> tuple[Array, Array]:
-            logits = text.logits(jnp.take_along_axis(x, places[..., None], 1))
+            logits = text.logits(_tokens_at(x, places))
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             loss = jnp.where(asked, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
             return loss.astype(jnp.float32), jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -119,7 +125,7 @@ def chunked_loss(text: Decoder, x: Float[Array, "B T D"], batch: Batch, *, chunk
 
 def _scored(config: TextConfig, ends: Any, x: Array, piece: tuple[Array, Array, Array]) -> tuple[Sums, Array]:
     places, targets, asked = piece
-    return _of_logits(word_logits(config, ends, jnp.take_along_axis(x, places[..., None], 1)), targets, asked)
+    return _of_logits(word_logits(config, ends, _tokens_at(x, places)), targets, asked)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from svlm_jax.storage import Mirror
 from svlm_jax.training.goodput import Clock
 from svlm_jax.training.sinks import Sink, numbers_of
 
@@ -20,6 +21,7 @@ class Report:
     Without a path nothing is told: one process speaks for all.
 
     Args:
+      mirror: keeps copies of what is written, brought up to date by `publish`.
       began: when this process did, as `time.time()` has it; what lies between the last line that is kept and then is a restart.
     """
 
@@ -31,11 +33,12 @@ class Report:
         steps: int,
         out: TextIO | None = None,
         sinks: Sequence[Sink] = (),
+        mirror: Mirror | None = None,
         began: float | None = None,
     ):
         self._out: TextIO = (out or sys.stderr) if path else open(os.devnull, "w")  # noqa: SIM115  (open as long as the run)
         path = path or Path(os.devnull)
-        self._steps, self._told, self._drawn, self._sinks = steps, 0.0, False, sinks
+        self._steps, self._told, self._drawn, self._sinks, self._mirror = steps, 0.0, False, sinks, mirror
         self._first: tuple[int, float] | None = None  # step and time of this process's first line
         self._held_out = ""
         found = _lines(path)
@@ -53,6 +56,11 @@ class Report:
         for sink in self._sinks:
             sink.write(record["step"], numbers_of(record))
         self._show(record)
+
+    def publish(self) -> None:
+        """What is written so far is in the run's bucket, where it has one."""
+        if self._mirror is not None:
+            self._mirror.push()
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -6,6 +6,9 @@ Positions are ours and handed over, since transformers' own rule has changed bet
 import dataclasses
 import inspect
 import os
+import sys
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent.parent))  # helpers of all tests
 
-from prompts import END, IMAGE, PARTS, START, STEPS, VIDEO, VOCABULARY, Prompt, prompt, prompts  # noqa: E402
+from prompts import END, IMAGE, PARTS, RULES, START, VIDEO, VOCABULARY, Prompt, prompt, prompts  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from svlm_jax.checkpoints.adapters import read_adapter, save_adapter  # noqa: E402
@@ -24,21 +28,35 @@ from svlm_jax.checkpoints.convert import convert  # noqa: E402
 from svlm_jax.checkpoints.hub_config import family_of, read_config  # noqa: E402
 from svlm_jax.checkpoints.load import load, load_params  # noqa: E402
 from svlm_jax.checkpoints.save import save_params  # noqa: E402
-from svlm_jax.configs.models import tiny, tiny_qwen2_vl  # noqa: E402
+from svlm_jax.configs.models import tiny, tiny_qwen2_vl, tiny_qwen3_vl  # noqa: E402
 from svlm_jax.demo.make_tiny import tiny_path  # noqa: E402
 from svlm_jax.model.qwen_vl import forward, init_params  # noqa: E402
 from svlm_jax.model.vision import patchify  # noqa: E402
+from svlm_jax.streaming.prompt import PromptLayout  # noqa: E402
+from svlm_jax.tokenizer import Tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the other libraries' warnings are theirs
 
 TOLERANCE = 1e-3  # float32, logits of about 1
-CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL"}
+CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL"}
 TOWERS = {
     "qwen2_5_vl": {
         **{"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
         **{"fullatt_block_indexes": [1, 3], "tokens_per_second": 2},
     },
     "qwen2_vl": {"depth": 3, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2},
+    "qwen3_vl": {
+        **{"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
+        **{"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2]},
+    },
+}
+DECODERS = {  # what sets the small decoders apart
+    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen2_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl": {
+        **{"head_dim": 24, "pad_token_id": None},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 3, 3], "mrope_interleaved": True},
+    },
 }
 
 
@@ -50,9 +68,15 @@ def theirs(family: str = "qwen2_5_vl", layers: int = 3, **text):
     """A small random model of transformers'; every bias and norm is random too."""
     config = getattr(transformers, f"{CLASSES[family]}Config")(
         text_config={
-            **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4},
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 4,
+            },
             **{"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            **DECODERS[family],
         },
         vision_config=TOWERS[family],
         **{"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END},
@@ -89,7 +113,8 @@ def their_logits(model, config, p: Prompt) -> np.ndarray:
                 for frames in chosen
             ]
             inputs[key] = torch.from_numpy(np.concatenate(patches))
-            grids = [(-(-len(frames) // 2), frames.shape[2] // 14, frames.shape[3] // 14) for frames in chosen]
+            side = config.vision.patch_size
+            grids = [(-(-len(frames) // 2), frames.shape[2] // side, frames.shape[3] // side) for frames in chosen]
             inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
     with torch.no_grad():
         out = model(
@@ -102,7 +127,7 @@ def their_logits(model, config, p: Prompt) -> np.ndarray:
     return out.logits[0].float().numpy()
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl untied", "qwen2_5_vl tied", "qwen2_vl untied", "qwen2_vl tied"])
+@pytest.fixture(scope="module", params=[f"{family} {ties}" for family in CLASSES for ties in ("untied", "tied")])
 def written(request, tmp_path_factory):
     """(their model, the directory that it wrote, its family)."""
     family, ties = request.param.split()
@@ -173,33 +198,63 @@ def test_our_export_keeps_every_byte_and_loads_there(written, tmp_path, dtype, w
 def test_their_positions_of_several_grids_differ_as_said(family):
     """This release resumes text after max(rows, columns), and cuts fractions off; the rule here is the largest position plus one.
 
-    With one grid, and whole steps, both rules say the same.
+    With one grid, and whole steps, both rules say the same; so they do of Qwen3-VL, where every grid is a visual of its own.
     """
-    model, step = theirs(family, layers=1).model, STEPS[family]
+    model, rule = theirs(family, layers=1).model, RULES[family]
+    step, patch = rule.step, rule.side // 2
 
-    def both(p: Prompt, frames: int, height: int, width: int, seconds: float):
+    def both(p: Prompt, frames: int, rows: int, columns: int, seconds: float):
         kinds = torch.from_numpy((p.tokens == VIDEO).astype(np.int64) * 2)[None]
-        grid = torch.tensor([[-(-frames // 2), height // 14, width // 14]])
+        grid = torch.tensor([[-(-frames // 2), rows * rule.side // patch, columns * rule.side // patch]])
         rate = {"second_per_grid_ts": torch.tensor([seconds])} if family == "qwen2_5_vl" else {}
         found, _ = model.get_rope_index(torch.from_numpy(p.tokens)[None], kinds, video_grid_thw=grid, **rate)
         return p.positions, found[:, 0].numpy().T
 
-    ours, found = both(prompt(3, (2, 84, 56), 4, step=step), 2, 84, 56, 1.0)
+    ours, found = both(prompt(3, (2, 3, 2), 4, rule=rule), 2, 3, 2, 1.0)
     np.testing.assert_array_equal(ours, found)
-    p = prompt(3, (10, 56, 84), 4, step=step)
-    ours, found = both(p, 10, 56, 84, 1.0)
+    p = prompt(3, (10, 2, 3), 4, rule=rule)
+    ours, found = both(p, 10, 2, 3, 1.0)
+    if rule.stamp:
+        np.testing.assert_array_equal(ours, found)
+        return
     after = p.places[-1] + 1
     np.testing.assert_array_equal(ours[:after], found[:after])
     late = int(4 * step) + 1 - max(2, 3)  # five grids of 2 x 3
     np.testing.assert_array_equal(ours[after:] - found[after:], late)
     if family == "qwen2_5_vl":  # a quarter of a second a grid: half a position each
-        _, found = both(p, 10, 56, 84, 0.25)
+        _, found = both(p, 10, 2, 3, 0.25)
         start = p.positions[p.places[0], 0]
         half = [start + int(grid / 2) for grid in range(5)]
         np.testing.assert_array_equal(found[p.places[::6], 0], half)
 
 
-@pytest.mark.parametrize(("family", "sizes"), [("qwen2_5_vl", tiny), ("qwen2_vl", tiny_qwen2_vl)])
+def test_their_prompt_of_a_clip_differs_as_said():
+    """Their stamps are ours. This release leaves them, and the visuals, between the template's own `<|vision_start|>` and `<|vision_end|>`.
+
+    The model was trained on, and its first release (4.57) writes, what stands between them alone.
+    """
+    from svlm_jax.data.chat import Clip, lay_out
+
+    processing = pytest.importorskip("transformers.models.qwen3_vl.processing_qwen3_vl")
+    sizes, frames, fps = tiny_qwen3_vl(), 5, 2.0
+    side = sizes.vision.merged_patch_size
+    tokenizer = Tokenizer.load(tiny_path())
+    parts = ["A", Clip(np.zeros((frames, 3, 2 * side, side), np.uint8), fps), "B"]
+    laid = lay_out(parts, tokenizer, PromptLayout.from_tokenizer(tokenizer), sizes.vision)
+    processor = types.SimpleNamespace(
+        all_special_multimodal_tokens=["<|video_pad|>"],
+        **{"video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
+        video_processor=types.SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        _calculate_timestamps=lambda *a: processing.Qwen3VLProcessor._calculate_timestamps(None, *a),
+    )
+    metadata = types.SimpleNamespace(fps=fps, frames_indices=list(range(frames)))
+    said = processing.Qwen3VLProcessor.replace_video_token(processor, {"video_grid_thw": torch.tensor([[3, 4, 2]]), "video_metadata": [metadata]}, 0)
+    text, _ = processing.Qwen3VLProcessor.get_text_with_replacements(processor, ["A<|vision_start|><|video_pad|><|vision_end|>B"], [], [said], [])
+    assert tokenizer.encode(text[0].replace("A<|vision_start|>", "A").replace("<|vision_end|>B", "B")) == laid.tokens.tolist()
+    assert text[0].count("<|vision_start|>") == 1 + tokenizer.decode(laid.tokens.tolist(), skip_special=False).count("<|vision_start|>") == 4
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("qwen2_5_vl", tiny), ("qwen2_vl", tiny_qwen2_vl), ("qwen3_vl", tiny_qwen3_vl)])
 def test_a_model_of_ours_gives_its_logits_there(tmp_path, family, sizes):
     config = sizes(VOCABULARY)
     params = jax.tree.map(lambda a: a + 0.05, init_params(config, jax.random.key(0)))  # no bias of 0, no norm of 1
@@ -208,6 +263,27 @@ def test_a_model_of_ours_gives_its_logits_there(tmp_path, family, sizes):
     model.config.image_token_id, model.config.video_token_id = IMAGE, VIDEO
     for p in (prompts(family)["text"], prompts(family)["all"]):
         np.testing.assert_allclose(our_logits(params, config, p), their_logits(model, config, p), atol=TOLERANCE, rtol=0)
+
+
+def test_their_text_only_weights_give_their_logits(tmp_path):
+    """Qwen2ForCausalLM, with the vision tower of a Qwen2.5-VL model of its size."""
+    whole = theirs(tie_word_embeddings=False)
+    whole.save_pretrained(tmp_path / "whole")
+    stated = {key: value for key, value in whole.config.text_config.to_dict().items() if key not in ("model_type", "rope_parameters", "layer_types")}
+    torch.manual_seed(1)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**stated, rope_parameters={"rope_type": "default", "rope_theta": 1e6})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "text")
+    folder = convert(tmp_path / "text", tmp_path / "joined", form="hf", vision_from=tmp_path / "whole").path
+    config, p = read_config(folder), prompts("qwen2_5_vl")["text"]
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(p.tokens)[None]).logits[0].numpy()
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(our_logits(load_params(folder, config), config, p), wanted, atol=TOLERANCE, rtol=0)
+    again = model_class("qwen2_5_vl").from_pretrained(folder, dtype=torch.float32).eval()
+    np.testing.assert_allclose(their_logits(again, config, p), wanted, atol=1e-5, rtol=0)
 
 
 def test_the_bundled_model_loads_there():
@@ -250,6 +326,23 @@ def test_adapters_go_both_ways(tmp_path, family):
     saved = save_adapter(read_adapter(tmp_path / "adapter", config), tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(base, saved).eval()
     np.testing.assert_allclose(their_logits(again, config, p), wanted, atol=1e-5, rtol=0)
+
+
+def test_adapters_of_a_run_are_what_it_learnt(tmp_path):
+    """Those that `svlm convert RUN DST --to peft` writes, on the base in peft, give the logits of the run with its adapters merged."""
+    peft = pytest.importorskip("peft")
+    from test_run_form import write
+
+    _, state = write(tmp_path / "run", "step.lora.rank=4", "step.lora.alpha=8")
+    assert all(np.any(leaf) for leaf in state.trained.values())
+    saved = convert(tmp_path / "run", tmp_path / "adapter", form="peft").path
+    merged = load(convert(tmp_path / "run", tmp_path / "merged").path)
+    base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_path(), dtype=torch.float32).eval()
+    p = Prompt(np.arange(9), np.broadcast_to(np.arange(9, dtype=np.int32)[:, None], (9, 3)).copy(), np.zeros(0, np.int32), ())
+    alone = their_logits(base, merged.config, p)
+    found = their_logits(peft.PeftModel.from_pretrained(base, saved).eval(), merged.config, p)
+    np.testing.assert_allclose(found, our_logits(merged.params, merged.config, p), atol=TOLERANCE, rtol=0)
+    assert np.abs(found - alone).max() > 10 * TOLERANCE
 
 
 def test_pixels_become_their_patches():

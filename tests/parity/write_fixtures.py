@@ -1,6 +1,6 @@
 """Writes tests/data/checkpoints: a small random checkpoint of each family, and the logits that transformers gives. Needs PyTorch.
 
-    python tests/parity/write_fixtures.py
+    python tests/parity/write_fixtures.py [FAMILY...]
 """
 
 import gzip
@@ -24,7 +24,7 @@ IDS = range(0, 320, 20)  # the logits that are kept
 
 
 def main() -> None:
-    for family in parity.CLASSES:
+    for family in sys.argv[1:] or parity.CLASSES:
         folder = TESTS / "data" / "checkpoints" / family
         shutil.rmtree(folder, ignore_errors=True)
         parity.theirs(family, layers=2).to(torch.bfloat16).save_pretrained(folder)
