@@ -69,7 +69,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, script: str, seconds: float = 120.0) -> Any:
+    def until(self, script: str, seconds: float = 60.0) -> Any:
         """The value of an expression as soon as it is true in the page."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):

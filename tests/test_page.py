@@ -77,7 +77,8 @@ def test_several_streams_and_a_phone(server, browser):
     browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
     browser.open(server.url)
     browser.until("document.querySelector('#server-state')?.textContent === 'ready'")
-    before = browser.run("document.querySelectorAll('[data-stream]').length")
+    before = len(server.http.get("/v1/streams").json()["data"])  # the page shows those too, a moment later
+    browser.until(f"document.querySelectorAll('[data-stream]').length === {before}")
     for count in (1, 2):
         browser.click("#add-button")
         browser.click("#add-start")

@@ -1,7 +1,11 @@
-"""What no client should send, and some do: nothing ends, nobody is disturbed, and the server is as ready as before."""
+"""What no client should send, and some do: nothing ends, nobody is disturbed, and the server is as ready as before.
+
+    MALFORMED_MESSAGES=10000 pytest tests/test_serving_faults.py            takes minutes; 1,000 are sent otherwise
+"""
 
 import asyncio
 import json
+import os
 import random
 import socket
 import string
@@ -18,7 +22,8 @@ from websockets.asyncio.client import connect
 
 from svlm_jax.api import sample_clip
 
-MESSAGES = {"text": 3000, "binary": 2000, "http": 5000}
+COUNT = int(os.environ.get("MALFORMED_MESSAGES", 1_000))
+MESSAGES = {"text": COUNT * 3 // 10, "binary": COUNT * 2 // 10, "http": COUNT - COUNT * 5 // 10}
 WITNESS_FRAMES = 16
 
 
@@ -227,7 +232,7 @@ async def send_nonsense(url: str, seed: int, count: int, victim: str) -> dict[in
     return seen
 
 
-def test_ten_thousand_malformed_messages(server):
+def test_malformed_messages(server):
     victim = server.open(source="push", clock="file")
     with Witness(server):
 
@@ -241,7 +246,7 @@ def test_ten_thousand_malformed_messages(server):
 
         sent, *answers = asyncio.run(all_at_once())
     server.http.delete(f"/v1/streams/{victim}")
-    assert sent + sum(sum(seen.values()) for seen in answers) == sum(MESSAGES.values()) == 10_000
+    assert sent + sum(sum(seen.values()) for seen in answers) == sum(MESSAGES.values()) == COUNT
     statuses = set().union(*answers)
     assert {400, 404} <= statuses <= {0, 200, 201, 202, 400, 403, 404, 405, 409, 413, 429, 503}, answers
 
