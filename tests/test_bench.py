@@ -48,6 +48,7 @@ FIELDS = {
     "model": str,
     "weights": str,
     "kv": str,
+    "mesh": {"data": int, "tensor": int},
     "mode": str,
     "positions": str,
     "fps": float,
@@ -328,7 +329,7 @@ def test_flags_multiply_and_results_are_a_list(tmp_path, monkeypatch, outcome):
 
 def test_a_cache_that_grows_goes_on_as_if_it_had_been_larger():
     config = StreamConfig(mode="full", capacity_rounds=6, max_new_tokens=4, query="", question_capacity=0)
-    large, growing = (small.engine(dataclasses.replace(config, capacity_rounds=rounds), height=448, width=448) for rounds in (6, 2))
+    large, growing = (small.engine(dataclasses.replace(config, capacity_rounds=rounds), rows=16, columns=16) for rounds in (6, 2))
     assert growing.spec.cache.slots < large.spec.cache.slots
     said = []
     for engine in (large, growing):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from svlm_jax.captions import clock, open_caption_files
 from svlm_jax.commands.device import check_device, mesh_of_flag
 from svlm_jax.commands.flags import add_arguments, stream_settings
-from svlm_jax.commands.truth import Truth
 from svlm_jax.errors import UserError
 from svlm_jax.terminal import LiveView
 
@@ -29,6 +28,7 @@ JAX_PLATFORMS=cpu, cuda or tpu chooses the device."""
 
 if TYPE_CHECKING:
     from svlm_jax.api import Commentary, Said
+    from svlm_jax.commands.truth import Truth
 
 Result = TypeVar("Result")
 PATIENCE = 1.0  # seconds that a round may take before the view says that it goes on
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         aside = _Aside(view)
         try:
             commentary = aside("starting JAX", lambda: _open(args, settings))
-            truth = None if args.truth is None else Truth.beside(commentary.source, args.truth)
+            truth = None if args.truth is None else _truth(commentary, args.truth)
             view.total_seconds, view.model_line = commentary.end, _describe(commentary)
             _say_what_to_expect(view, args, commentary)
             aside(_loading(commentary), commentary.load)
@@ -105,6 +105,12 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
         questions=[(when, text) for text, when in args.questions],
         **settings,
     )
+
+
+def _truth(commentary: "Commentary", path: str) -> "Truth":
+    from svlm_jax.commands.truth import Truth
+
+    return Truth.beside(commentary.source, path)
 
 
 def _describe(commentary: "Commentary") -> str:
