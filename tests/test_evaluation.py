@@ -338,7 +338,7 @@ def test_a_server_as_contestant(videos, tmp_path):
 
 def test_a_checkpoint_from_end_to_end(videos, tmp_path, monkeypatch):
     """Generate, merge, judge, report, with the bundled model; a second start does nothing anew."""
-    monkeypatch.setattr("svlm_jax.api.load", lambda path, dtype: LoadedModel(*small.model(1, 0), small.tokenizer(), Path("small")))
+    monkeypatch.setattr("svlm_jax.api.load", lambda path, dtype, mesh=None: LoadedModel(*small.model(1, 0), small.tokenizer(), Path("small")))
     with Server().serving() as server:
         command = [
             "eval",
@@ -391,7 +391,7 @@ def test_a_checkpoint_is_run_by_its_own_settings(tmp_path):
 
 def test_livesports_from_end_to_end(videos, tmp_path, monkeypatch):
     """A checkpoint against a server that refuses one event: rows in the published form, two votes an event."""
-    monkeypatch.setattr("svlm_jax.api.load", lambda path, dtype: LoadedModel(*small.model(1, 0), small.tokenizer(), Path("small")))
+    monkeypatch.setattr("svlm_jax.api.load", lambda path, dtype, mesh=None: LoadedModel(*small.model(1, 0), small.tokenizer(), Path("small")))
 
     def answer(body):
         return "A" if body["model"] == "judge-1" else "Harrow has it."
