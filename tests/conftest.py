@@ -42,7 +42,7 @@ jaxtyping.install_import_hook(checked_modules(), "typecheck.checked")
 MOST_MAPPINGS = 30_000  # of memory, of the 65,530 that Linux allows a process: each compiled program takes some, and without room XLA crashes
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _forget_programs():
     """Lets go of compiled programs where there are many."""
     yield
