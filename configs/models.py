@@ -90,12 +90,14 @@ def _qwen3_vl(vision: VisionConfig, intermediate: int, name: str, *, tied: bool 
     return ModelConfig(vision, text, name)
 
 
-def _vision_of_qwen3(depth: int, width: int, intermediate: int, out: int, deepstack: tuple[int, ...]) -> VisionConfig:
+def _vision_of_qwen3(
+    depth: int, width: int, intermediate: int, out: int, deepstack: tuple[int, ...], *, heads: int = 16, position_grid: int = 48
+) -> VisionConfig:
     return VisionConfig(
         depth=depth,
         hidden_size=width,
         intermediate_size=intermediate,
-        num_heads=16,
+        num_heads=heads,
         out_hidden_size=out,
         patch_size=16,
         window_size=None,
@@ -104,7 +106,7 @@ def _vision_of_qwen3(depth: int, width: int, intermediate: int, out: int, deepst
         mlp="gelu_tanh",
         pixels="symmetric",
         patch_bias=True,
-        position_grid=48,
+        position_grid=position_grid,
         deepstack_blocks=deepstack,
         stamped=True,
     )
@@ -153,23 +155,7 @@ def tiny_qwen2_vl(vocab_size: int = 2048) -> ModelConfig:
 
 def tiny_qwen3_vl(vocab_size: int = 2048) -> ModelConfig:
     """The same of Qwen3-VL, for tests; its heads together are wider than the decoder, as in the 4B model."""
-    vision = VisionConfig(
-        depth=3,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=2,
-        out_hidden_size=64,
-        patch_size=16,
-        window_size=None,
-        tokens_per_second=0,
-        norm="layer",
-        mlp="gelu_tanh",
-        pixels="symmetric",
-        patch_bias=True,
-        position_grid=5,
-        deepstack_blocks=(0, 2),
-        stamped=True,
-    )
+    vision = _vision_of_qwen3(3, 32, 64, 64, (0, 2), heads=2, position_grid=5)
     text = TextConfig(
         vocab_size=vocab_size,
         hidden_size=64,

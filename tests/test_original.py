@@ -3,7 +3,6 @@
 import random
 from typing import Any
 
-import jax
 import oracle
 import original
 import pytest
@@ -55,14 +54,6 @@ def test_the_emulation_agrees_with_a_recording():
     produced, margin = original.emulate(trace)
     replay_trace.compare(produced, recorded)
     assert margin > MARGIN
-
-
-@pytest.fixture
-def quickly_compiled():
-    """Programs that run for a dozen rounds need not be fast, but soon there."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("quickly_compiled")
