@@ -1,4 +1,4 @@
-"""Trains the model of the simulated match from nothing, within a given time: data, both stages, the checkpoint, and a record of it all.
+"""Trains the model of the simulated match from nothing, within a given time: data, three stages, the checkpoint, and a record of it all.
 
     python benchmarks/train_match.py FOLDER --seconds 1500 --processes 16 --json benchmarks/train_match.json
 
@@ -9,10 +9,12 @@ away: what has been learnt should never be in one place only.
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 20_000  # steps, more than the first stage has time for: it ends when that is up, at its full rate
+STAGES = {"sft_match_sight": 0.3, "sft_match": 0.4, "sft_match_dense": 0.3}  # presets, and their shares of the time for training
+LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
-START, END = 60.0, 25.0  # seconds that the second stage takes to begin (it compiles) and to be converted
+UNKNOWN = 0.2  # seconds a step, where none has been timed
+START, END = 45.0, 25.0  # seconds that the last stage takes to begin and to be converted
 
 
 class Clock:
@@ -59,7 +63,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def stage(name: str, preset: str, args: argparse.Namespace, settings: list[str], clock: Clock, seconds: float | None) -> list[dict[str, Any]]:
     """Runs train.py; its steps. Ends the program where it fails."""
     run, log = args.folder / name, args.folder / f"{name}.log"
-    data = [f"data.datasets.{each}.{key}={value}" for each in _sets(preset) for key, value in _places(args.folder, each)]
+    sets = importlib.import_module(f"svlm_jax.configs.{preset}").config().data.datasets
+    data = [f"data.datasets.{each}.{key}={value}" for each in sets for key, value in _places(args.folder, each)]
     work, kept, asked = start(str(ROOT / "train.py"), preset, f"out={run}", *data, *settings, *args.set, log=log), 0, False
     begin = time.perf_counter()
     while (code := work.poll()) is None:
@@ -78,10 +83,6 @@ def stage(name: str, preset: str, args: argparse.Namespace, settings: list[str],
     if not export(run, args.folder / "model"):
         sys.exit(f"{run} cannot be converted")
     return steps
-
-
-def _sets(preset: str) -> list[str]:
-    return [*(["dense"] if preset == "sft_match_dense" else []), "chunks", "asked", "placed", "openings"]
 
 
 def _places(folder: Path, name: str) -> list[tuple[str, str]]:
@@ -107,16 +108,23 @@ def curve(steps: list[dict[str, Any]], points: int = 120) -> list[list[float]]:
     return [[part[-1]["step"], *(round(sum(row[key] for row in part) / len(part), 5) for key in ("loss", "accuracy"))] for part in parts]
 
 
+def seconds_a_step(runs: dict[str, list[dict[str, Any]]]) -> float:
+    """As the stage before had them, waiting and saving included; of the first stage of all nothing is known."""
+    steps = list(runs.values())[-1][-600:] if runs else []
+    return (steps[-1]["time"] - steps[0]["time"]) / (len(steps) - 1) if len(steps) > 1 else UNKNOWN
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything (default: 1500)")
-    parser.add_argument("--second-stage", type=float, default=0.4, help="its share of the training (default: 0.4)")
-    parser.add_argument("--matches", type=int, default=24, help="of two hours (default: 24)")
+    parser.add_argument("--matches", type=int, default=24, help="long ones (default: 24)")
+    parser.add_argument("--minutes", type=float, default=120.0, help="of each of these (default: 120)")
     parser.add_argument("--openings", type=int, default=640, help="matches of 48 seconds (default: 640)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 2, help="that make the data")
     parser.add_argument("--weights", type=Path, help="weights to begin with")
-    parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="settings of both stages")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="with --weights: those that are left")
+    parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="settings of all stages")
     parser.add_argument("--json", type=Path, help="where the record goes")
     args = parser.parse_args()
     args.folder = args.folder.resolve()
@@ -124,7 +132,7 @@ def main() -> None:
     clock, spent = Clock(), {}
     data = args.folder / "data"
     if not (data / "chunks.jsonl").exists():
-        counts = ["--matches", str(args.matches), "--openings", str(args.openings), "--processes", str(args.processes)]
+        counts = ["--matches", str(args.matches), "--minutes", str(args.minutes), "--openings", str(args.openings), "--processes", str(args.processes)]
         if start("-m", "svlm_jax.demo.training_data", str(data), *counts).wait():
             sys.exit("the data could not be made")
     spent["data"] = clock()
@@ -133,16 +141,22 @@ def main() -> None:
     if not args.weights and not begin.exists():
         start("-m", "svlm_jax.demo.make_match_model", str(begin), JAX_PLATFORMS="cpu").wait()
 
-    rest = args.seconds - clock()
-    first = stage("run1", "sft_match", args, [f"weights={begin}", *STEADY], clock, rest - args.second_stage * rest)
-    spent["first stage"] = clock() - spent["data"]
-    recent = first[-300:]
-    step_ms = sum(row["step_ms"] for row in recent) / len(recent)
-    steps = max(20, int((args.seconds - clock() - START - END) * 1e3 / step_ms))
-    second = stage("run2", "sft_match_dense", args, [f"weights={args.folder / 'run1'}", f"steps={steps}"], clock, None)
-    spent["second stage"] = clock() - spent["data"] - spent["first stage"]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    left, whole, weights = args.seconds - clock(), sum(STAGES[name] for name in args.stages), begin
+    for number, preset in enumerate(args.stages):
+        before = clock()
+        if preset == args.stages[-1]:
+            length = [f"steps={max(20, int((args.seconds - before - START - END) / seconds_a_step(runs)))}"]
+            seconds = None
+        else:
+            length, seconds = list(STEADY), left * STAGES[preset] / whole
+        weights, settings = args.folder / f"run{number}", [f"weights={weights}", *length]
+        runs[preset] = stage(weights.name, preset, args, settings, clock, seconds)
+        spent[preset] = clock() - before
     if args.json:
         import jax
+
+        from svlm_jax.configs import sft_match
 
         record = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -151,11 +165,12 @@ def main() -> None:
             "versions": {"python": sys.version.split()[0], "jax": jax.__version__},
             "command": " ".join(["python", "benchmarks/train_match.py", *sys.argv[1:]]),
             "seconds": {name: round(value, 1) for name, value in spent.items()},
-            "steps": [len(first), len(second)],
-            "rows_a_step": 48,
-            "step_ms": [round(sum(row["step_ms"] for row in each[5:]) / max(1, len(each[5:])), 1) for each in (first, second)],
-            "mfu": [each[-1].get("mfu") for each in (first, second)],
-            "curve": [curve(first), curve(second)],
+            "steps": {name: len(steps) for name, steps in runs.items()},
+            "rows_a_step": sft_match.config().data.rows,
+            "step_ms_median": {name: round(statistics.median(row["step_ms"] for row in steps), 1) for name, steps in runs.items()},
+            "mfu_median": {name: statistics.median(row["mfu"] or 0.0 for row in steps) for name, steps in runs.items()},
+            "data_wait": {name: steps[-1]["spent"]["data_wait"] for name, steps in runs.items()},
+            "curve": {name: curve(steps) for name, steps in runs.items()},
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     clock.say(f"done: {args.folder / 'model'}")

@@ -1,8 +1,9 @@
-"""The model of the simulated match, from random weights: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
+"""The model of the simulated match: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
 
     python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 320 --processes 16
     python -m svlm_jax.demo.make_match_model start
-    python train.py sft_match out=run weights=start
+    python train.py sft_match_sight out=run0 weights=start
+    python train.py sft_match out=run weights=run0
 
 All of the model is trained, the vision tower as well. docs/match.md has what it takes and what comes out.
 """
@@ -25,13 +26,13 @@ def config() -> RunConfig:
         out="run",
         data=DataConfig(
             {
-                "placed": DatasetConfig(f"{FOLDER}/placed.jsonl", FOLDER, weight=0.45),
+                "placed": DatasetConfig(f"{FOLDER}/placed.jsonl", FOLDER, weight=0.35),
                 "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.25),
-                "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.20),
+                "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.30),
                 "openings": DatasetConfig(f"{FOLDER}/openings.jsonl", FOLDER, weight=0.10),
             },
             LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),
-            RowShape(tokens=4096, bins=24, windows=6),  # a chunk a row, a bin a second
+            RowShape(tokens=4096, bins=24, windows=6),  # a chunk of 24 s a row, a bin a second
             rows=48,
             lanes=16,
             open_rows=1,
@@ -47,6 +48,6 @@ def config() -> RunConfig:
         ),
         remat="nothing",
         vision_remat="nothing",
-        max_segments=2,
+        max_segments=8,  # chunks of 4 s: six
         checkpoint=CheckpointConfig(every=400, keep=3),
     )

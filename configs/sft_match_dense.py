@@ -1,8 +1,8 @@
-"""The second stage of the model of the simulated match: the densest chunks, questions as seldom as in use, the learning rate down to zero.
+"""The last stage of the model of the simulated match: the densest chunks, questions as seldom as in use, the learning rate down to zero.
 
     python train.py sft_match_dense out=run2 weights=run steps=800
 
-The first stage is configs/sft_match.py.
+Before it: configs/sft_match_sight.py, configs/sft_match.py.
 """
 
 import dataclasses

@@ -32,6 +32,9 @@ def checked_modules() -> list[str]:
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and what tests start would too
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on how long it compiles
+# XLA leaves out what takes longer than tests run their programs: models are tiny, and a program is called a few times.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
 # Programs that the command line compiles are kept for this run, by all workers together, and not in the user's cache.
 _caches = Path(tempfile.gettempdir()) / f"svlm-jax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
 os.environ["XDG_CACHE_HOME"] = str(_caches)
@@ -55,12 +58,12 @@ def _forget_programs():
 
 
 @pytest.fixture(scope="module")
-def quickly_compiled():
-    """XLA leaves out what takes longer than these modules' programs run: their models are tiny, and each is called a few times."""
+def fully_compiled():
+    """Programs as users have them, for tests that count what they cost."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

@@ -344,7 +344,6 @@ def test_a_cache_that_grows_goes_on_as_if_it_had_been_larger():
 
 
 def test_latency_and_memory_over_stream_time_are_drawn_from_their_record(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(timeline, "FIRST_CAPACITY", 2)
     monkeypatch.setattr(timeline, "free_memory", lambda: 0 if len(grown) else 1 << 40)
     grown, grow = [], timeline.grow

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from devices import on_four_devices
 from safetensors.numpy import load_file, save_file
 
 from svlm_jax.checkpoints import save as save_module
@@ -205,8 +206,7 @@ same(load_params(saved, config), plain)
 
 
 def test_shards_hold_the_same_numbers(checkpoint):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", SHARDED_LOAD, str(checkpoint)], env=environment, check=True, timeout=300)
+    on_four_devices(SHARDED_LOAD, checkpoint)
 
 
 MEASURED_LOAD = """

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from devices import on_four_devices
 from safetensors.numpy import load_file, save_file
 
 from svlm_jax import cli
@@ -133,8 +133,7 @@ for sizes in ({"fsdp": 2, "tensor": 2}, {"tensor": 4}):
 
 
 def test_orbax_onto_a_mesh(forms):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", SHARDED, *map(str, forms)], env=environment, check=True, timeout=300)
+    on_four_devices(SHARDED, *forms)
 
 
 # --- what is wrong is said, and nothing is left

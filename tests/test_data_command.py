@@ -81,7 +81,6 @@ def test_plots(file, tmp_path, capsys, monkeypatch):
 
 
 def test_nothing_to_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     (tmp_path / "bad.jsonl").write_text("{\n")
     found = survey(AnnotationFile(tmp_path / "bad.jsonl"), LoaderConfig().sample, 64.0)
     with pytest.raises(UserError, match="nothing to plot"):

@@ -1,9 +1,6 @@
 """Checkpoints in eight bits: what loading quantizes, on disk; loaded as it is, cut as the weights would be, and widened on request alone."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from devices import on_four_devices
 from safetensors.numpy import load_file
 
 import svlm_jax
@@ -134,9 +132,6 @@ def test_on_a_mesh(small, tmp_path):
     """Each device has its part of values and scale; and `inspect` tells how a checkpoint was cut that a mesh wrote."""
     shutil.copytree(tiny_path(), tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SHARDED, str(small), str(tiny_path()), str(tmp_path / "out")]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    on_four_devices(SHARDED, small, tiny_path(), tmp_path / "out")
     told = dict(described(inspect(tmp_path / "out")))["sharding"]
     assert told.startswith("saved on a mesh of fsdp 2 x tensor 2: ") and " whole" in told and " cut (fsdp, tensor)" in told

@@ -14,6 +14,7 @@ from svlm_jax.streaming.evict import evict
 from svlm_jax.streaming.state import state_shapes
 from svlm_jax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
 FACT_BYTES = 1 + 4 + 3 * 4  # of a slot: validity, token id, coordinate
 
 

@@ -290,7 +290,8 @@ def test_evaluation_from_film_to_measures(tmp_path, capsys):
     model, out, said = tmp_path / "model", tmp_path / "found.json", tmp_path / "said.jsonl"
     shutil.copytree(tiny_path(), model)
     write_stream_settings(model, {**SETTINGS, "max_pixels": 84 * 112})
-    flags = ["eval", "match", "--minutes", "0.2", "--seed", "5", "--question-every", "4", "--json", str(out)]
+    # float32: in bfloat16 a batch rounds elsewhere than one stream, and of two words as likely as each other says the other
+    flags = ["eval", "match", "--minutes", "0.2", "--seed", "5", "--question-every", "4", "--dtype", "float32", "--json", str(out)]
     assert run([*flags, "--model", str(model), "--captions", str(said), "--video", str(tmp_path / "m.mp4"), "--vision-window", "3"]) == 0
     found = json.loads(out.read_text())
     assert set(KEYS) <= found.keys() and found["settings"]["vision_window"] == 3 and found["settings"]["text_sink"] == SETTINGS["text_sink"]

@@ -1,15 +1,12 @@
 """Serving on a mesh: streams over `data`, heads over `tensor`. What is said does not depend on how many devices say it."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import small
+from devices import on_four_devices
 from jax.sharding import AbstractMesh
 
 from svlm_jax.checkpoints.load import on_mesh
@@ -161,7 +158,4 @@ assert all(each == alone for each in others), (alone, others)
 # Captions of the bundled model; and a batch that streams join and leave, key-value heads repeated once
 @pytest.mark.parametrize("work", [("captions", "11", "21", "12", "22"), ("batch", "11", "22")], ids=lambda work: work[0])
 def test_the_words_are_the_same_on_four_devices(work):
-    """In one process, which gives a CPU four devices; compiled in a hurry."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_PLATFORMS": "cpu"}
-    environment = {**os.environ, **flags, "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", FOUR, *work], env=environment, check=True, timeout=600)
+    on_four_devices(FOUR, *work)

@@ -56,7 +56,6 @@ def test_the_emulation_agrees_with_a_recording():
     assert margin > MARGIN
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("seed", [10, 17, 33])
 def test_the_engine_does_as_the_original(seed):
     trace = random_trace(seed)

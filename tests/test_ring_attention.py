@@ -5,15 +5,12 @@ The TPU's kernel runs in JAX's interpreter of TPUs: memory that nothing was writ
 
 import contextlib
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_four_devices
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that says whether there was a race
 from jax.experimental.pallas import tpu as pltpu
 
@@ -421,6 +418,4 @@ assert "mosaic_gpu" in lowered and "manual_computation" in lowered and lowered.c
 
 def test_streams_and_heads_are_cut_over_a_mesh():
     """And a plan that is made once is one sort, however many layers the GPU's kernels have."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, check=True, timeout=300)
+    on_four_devices(ON_FOUR_DEVICES)

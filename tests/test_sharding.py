@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
+from devices import on_four_devices
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from svlm_jax.config import StreamConfig
@@ -126,8 +124,7 @@ np.testing.assert_allclose(one, step(sharded), atol=2e-5)
 
 
 def test_the_forward_is_the_same_on_four_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", SHARDED_FORWARD], env=environment, check=True, timeout=300)
+    on_four_devices(SHARDED_FORWARD)
 
 
 def test_parameter_counts_are_the_published_ones():

@@ -25,7 +25,6 @@ from svlm_jax.streaming.state import Prompt, init_state
 from svlm_jax.streaming.step import compiled, decode, ingest
 from svlm_jax.streaming.visible import visible
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 BASE = StreamConfig(
     vision_window=2,
     text_window=3,

@@ -1,14 +1,11 @@
 """The step on two or four devices is the step on one, whichever axes the mesh has; and what kernels are told of segments."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_training
+from devices import on_four_devices
 from jax.sharding import AbstractMesh
 
 from svlm_jax.configs.models import qwen2_5_vl_7b
@@ -41,9 +38,7 @@ for axes in (*alone, {"data": 2, "fsdp": 2}, {"sequence": 2, "tensor": 2}):
 
 
 def test_two_and_four_devices_compute_what_one_does():
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile: what is computed is the same
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {quick}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", SHARDED], env={**os.environ, **flags}, check=True, timeout=600)
+    on_four_devices(SHARDED)
 
 
 def test_rows_that_do_not_divide():

@@ -16,8 +16,6 @@ from svlm_jax.training.optimizer import OptimizerConfig
 from svlm_jax.training.remat import POLICIES
 from svlm_jax.training.trainable import flatten, split, unflatten
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 def gradients(step, data, **kwargs):
     made = trainer(step, **kwargs)

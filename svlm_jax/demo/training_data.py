@@ -4,7 +4,8 @@
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
 whole matches with a question nearly every second, `placed.jsonl` the whole matches with questions after all players' places, which a model
-learns to see by, `openings.jsonl` the first 48 seconds of further matches. Seeds below 1000 are for evaluation and are refused here.
+learns to see by, `glances.jsonl` the same in chunks of 4 seconds, `openings.jsonl` the first 48 seconds of further matches. Seeds below
+1000 are for evaluation and are refused here.
 """
 
 import argparse
@@ -24,10 +25,12 @@ from svlm_jax.demo.match import simulate
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
 ALL = 96, 480  # first and last words of the previous text that rows can need
-MEMORY = {"placed": (0, 48)}  # there it would be full of places, and rows too long
-EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 2.4, "openings": 6.0}  # seconds between two questions, on average
+MEMORY = {"placed": (0, 48), "glances": (0, 0)}  # there it would be full of places, and rows too long
+EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 1.2, "glances": 1.0, "openings": 6.0}  # seconds between two questions, on average
 PRESETS = "ultrafast", "superfast", "ultrafast", "veryfast"  # of x264: fast ones, and not all the same
-KINDS = {"asked": ("ball", "ball", "score", "scorer"), "placed": ("places", "places", "places", "ball")}  # mostly what can be seen
+SIGHTS = "places", "places", "places", "ball"
+KINDS = {"asked": ("ball", "ball", "score", "scorer"), "placed": SIGHTS, "glances": SIGHTS}  # mostly what can be seen
+CHUNKS = {"glances": ChunkConfig(window=4, overlap=0)}  # of 24 seconds, else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,9 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     name = f"{task.seed}.mp4"
     write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=PRESETS[task.seed % len(PRESETS)]))
     found = {}
-    for number, data_set in enumerate(("openings",) if task.opening else ("chunks", "asked", "placed")):
+    for number, data_set in enumerate(("openings",) if task.opening else ("chunks", "asked", "placed", "glances")):
         lines = commentate(match, random_questions(match, EVERY[data_set], seed=number, kinds=KINDS.get(data_set, ASKED)))
-        config = ChunkConfig(window=24, overlap=task.overlap)
+        config = CHUNKS.get(data_set, ChunkConfig(window=24, overlap=task.overlap))
         found[data_set] = list(chunks(name, task.seconds, lines, config, memory=MEMORY.get(data_set, ALL)))
     return found
 
@@ -62,7 +65,7 @@ def dense(chunks: list[Annotation]) -> list[Annotation]:
 
 def write(tasks: Iterable[Task], folder: Path, processes: int) -> dict[str, int]:
     """All matches, so many at a time; rows of each data set."""
-    rows: dict[str, list[Annotation]] = {"chunks": [], "asked": [], "placed": [], "openings": []}
+    rows: dict[str, list[Annotation]] = {name: [] for name in EVERY}
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for found in pool.imap(make, tasks):
             for data_set, annotations in found.items():
