@@ -57,17 +57,6 @@ def _forget_programs():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def fully_compiled():
-    """Programs as users have them, for tests that count what they cost."""
-    import jax
-
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def pytest_sessionfinish(session):
     uid = getattr(session.config, "workerinput", {}).get("testrunuid")
     if uid is None:  # the only process, or the one that started the workers, which have ended by now

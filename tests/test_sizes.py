@@ -1,5 +1,9 @@
-"""The programs that serve at the published sizes: traced, with nothing allocated."""
+"""The programs that serve at the published sizes: traced, with nothing allocated.
 
+All of a 7B model; of the others as many layers as there are kinds of, since tracing takes its time by layers.
+"""
+
+import dataclasses
 import functools
 import math
 
@@ -24,9 +28,10 @@ def shape(*sizes, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-@pytest.mark.parametrize("name", ["7b", "72b", "qwen3-vl-4b", "qwen3-vl-8b"])
-def test_programs_at_full_size(name):
+@pytest.mark.parametrize(("name", "layers"), [("7b", 28), ("72b", 4), ("qwen3-vl-4b", 4), ("qwen3-vl-8b", 4)])
+def test_programs_at_full_size(name, layers):
     model = MODELS[name]()
+    model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_hidden_layers=layers))
     side = model.vision.merged_patch_size
     spec = make_spec(model, StreamConfig(max_new_tokens=TOKENS), Tokenizer.load(tiny_path()), height=side * 20, width=side * 36)
     params, state = abstract_params(model, dtype=jnp.bfloat16), state_shapes(spec, STREAMS, jnp.bfloat16)
@@ -39,7 +44,7 @@ def test_programs_at_full_size(name):
     assert opened == shown == said == state
     assert first.shape == (STREAMS,) and turn.tokens.shape == (STREAMS, TOKENS)
     t = model.text
-    assert len(state.k) == t.num_hidden_layers
+    assert len(state.k) == layers
     assert state.k[0].shape == (STREAMS, t.num_key_value_heads, spec.cache.slots, 128) and state.k[0].dtype == jnp.bfloat16
 
 
@@ -59,7 +64,7 @@ def test_the_plain_forward_at_full_size(name, stacked):
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen3-vl-4b", 4.44), ("qwen3-vl-8b", 8.77)])
 def test_parameters_are_as_many_as_published(name, billions):
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(MODELS[name]())))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(MODELS[name](), stacked=True)))
     assert round(count / 1e9, 2) == billions
 
 
