@@ -82,7 +82,7 @@ def encode(snapshot: Snapshot, print_: str) -> bytes:
         "wish": dataclasses.asdict(snapshot.wish),
         "about": snapshot.about,
         "round": snapshot.saved.round,
-        "host": dataclasses.asdict(snapshot.saved.row) | {"recent": list(snapshot.saved.row.recent)},
+        "host": snapshot.saved.row.as_json(),
         "events": [[event.id, event.data] for event in snapshot.events],
         "last": snapshot.last,
     }

@@ -91,9 +91,13 @@ class StreamHost:
     noted: int = 0  # turns that the engine was told of
     memory: list[int] = dataclasses.field(default_factory=list)  # mode "windows": the previous text of the next window
 
+    def as_json(self) -> dict[str, Any]:
+        """Lists in the place of tuples and queues."""
+        return dataclasses.asdict(self) | {"recent": list(self.recent)}
+
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "StreamHost":
-        """Of what `dataclasses.asdict` gave, lists in the place of tuples and queues."""
+        """Of what `as_json` gave."""
         return cls(**{**fields, "query": tuple(fields["query"]), "recent": collections.deque(fields["recent"])})
 
 
@@ -191,11 +195,6 @@ class Engine:
         self.state = self.programs["open_stream"](
             self.params, self.state, np.asarray(row, np.int32), padded, np.asarray(len(words), np.int32)
         )
-
-    def restore_rows(self, rows: Mapping[int, StreamHost], keys: Sequence[Key[Array, ""]]) -> None:
-        """What the host remembers of the streams whose state was put back (`streaming.snapshot`)."""
-        self._rows = dict(rows)
-        self._set_keys(keys)
 
     def close(self, row: int = 0) -> None:
         """Ends the stream in `row` and empties it."""

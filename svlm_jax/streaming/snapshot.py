@@ -1,40 +1,38 @@
 """An engine between two rounds, as one file: load it and the streams go on, number for number, as if nothing had happened."""
 
-import collections
-import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (gives numpy the names of bfloat16 and its kin)
 import numpy as np
 
 from svlm_jax.errors import UserError
 from svlm_jax.files import whole_file
-from svlm_jax.streaming.engine import Engine, StreamHost
+from svlm_jax.streaming.engine import Engine, SavedStream, StreamHost
+from svlm_jax.streaming.rows import read_row
 
 HEADER = "header"
 
 
 def save_engine(engine: Engine, path: Path, note: Any = None) -> None:
-    """Writes state, keys and what the host remembers, whole or not at all. `note` is kept beside it, as JSON. Waits for the device."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(engine.state)]
-    rows = {
-        index: dataclasses.asdict(dataclasses.replace(row, recent=collections.deque())) | {"recent": list(row.recent)}
-        for index, row in engine._rows.items()
-    }
-    header = {
-        "note": note,
-        "settings": _settings(engine),
-        "rows": rows,
-        "keys": [np.asarray(jax.random.key_data(key)).tolist() for key in engine._keys],
-        "leaves": [[leaf.dtype.name, leaf.shape] for leaf in leaves],
-    }
-    write_snapshot(path, header, [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves])
+    """Writes every stream's state, key and what the host remembers, whole or not at all. `note` is kept beside them, as JSON. Waits for the device."""
+    taken = {row: engine.take(row) for row in engine.open_rows}
+    leaves = {row: [np.asarray(leaf) for leaf in jax.tree.leaves(saved.state)] for row, saved in taken.items()}
+    streams = [
+        {"row": row, "host": saved.row.as_json(), "key": saved.key.tolist(), "round": saved.round, "leaves": _described(leaves[row])}
+        for row, saved in taken.items()
+    ]
+    arrays = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for each in leaves.values() for leaf in each]
+    write_snapshot(path, {"note": note, "settings": _settings(engine), "streams": streams}, arrays)
+
+
+def _described(leaves: Sequence[Any]) -> list[Any]:
+    return [[np.dtype(leaf.dtype).name, list(leaf.shape)] for leaf in leaves]
 
 
 def _settings(engine: Engine) -> str:
@@ -65,21 +63,14 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def load_engine(engine: Engine, path: Path) -> None:
-    """Puts the streams of `save_engine` into an engine of the same settings. Raises UserError where it has others."""
-    header = {"settings": "", "leaves": []} | _header(path)  # one of a run between two engines has neither
-    leaves, tree = jax.tree.flatten(engine.state)
-    if header["settings"] != _settings(engine) or [[leaf.dtype.name, list(leaf.shape)] for leaf in leaves] != header["leaves"]:
+    """Has the streams of `save_engine` go on in an engine without streams. Raises UserError where it has other settings."""
+    header = {"settings": "", "streams": []} | _header(path)  # one of a run between two engines has neither
+    shapes, tree = jax.tree.flatten(jax.eval_shape(read_row, engine.state, 0))
+    if header["settings"] != _settings(engine) or any(each["leaves"] != _described(shapes) for each in header["streams"]):
         raise UserError(f"{path} is of other settings or another model: go on with the same ones, or start in another folder")
     with np.load(path) as stored:
-        put = [
-            jax.device_put(stored[str(i)].view(np.dtype(leaf.dtype)).reshape(leaf.shape), leaf.sharding if leaf.committed else None)
-            for i, leaf in enumerate(leaves)
-        ]
-    engine.state = jax.tree.unflatten(tree, put)
-    engine.restore_rows(
-        {
-            int(index): StreamHost(**{**row, "recent": collections.deque(row["recent"]), "query": tuple(row["query"])})
-            for index, row in header["rows"].items()
-        },
-        [jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32)) for key in header["keys"]],
-    )
+        arrays = (stored[str(number)] for number in itertools.count())
+        for each in header["streams"]:
+            leaves = [next(arrays).view(np.dtype(shape.dtype)).reshape(shape.shape) for shape in shapes]
+            key = np.asarray(each["key"], np.uint32)
+            engine.put(each["row"], SavedStream(jax.tree.unflatten(tree, leaves), StreamHost.from_json(each["host"]), key, each["round"]))
