@@ -49,7 +49,8 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     cost = parser.add_argument_group("cost")
     cost.add_argument("--dry-run", action="store_true", help="say what the run would take, and do nothing")
     cost.add_argument("--rates", metavar="FILE", help="measured rounds, as `svlm bench stream --json` writes them (default: the H100's)")
-    cost.add_argument("--price", metavar="IN,OUT", type=_price, help="of a million of the judge's tokens, to have its cost told")
+    price = "of a million of the judge's tokens, in dollars or whatever (default: 1.25,10, gpt-5's when it came out)"
+    cost.add_argument("--price", metavar="IN,OUT", type=_price, default=(1.25, 10.0), help=price)
 
     model = parser.add_argument_group("checkpoints")
     model.add_argument("--streams", metavar="N", type=_count, default=1, help="streams that run as one batch (default: 1)")

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             if not asked:
                 raise UserError("no event is in both sides' results, so there is nothing to judge: give results for these events")
             pairs = [Pair(event.name, event.reference, said["a"][event.key], said["b"][event.key]) for event in asked]
-            votes = vote(pairs, endpoint, prompt, folder, args.workers)
+            votes = vote(pairs, endpoint, prompt, folder, args.workers, args.price)
             judged = [Judged(event.name, event.video_id, {"sport": event.sport}, votes[event.name]) for event in asked]
             report |= {"judge": {"model": endpoint.model, "prompt": digest(prompt)}, "votes": comparison(judged)}
             lines += [*votes_table(report), ""]
@@ -121,4 +121,5 @@ def _estimate(args: argparse.Namespace) -> list[str]:
 
     texts = [(len(event.reference), length(event, "a"), length(event, "b")) for event in events]
     seconds = sum(event.end - event.begin for event in events)
-    return [f"{args.events}: {len(events):,} events", *cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)]
+    told = [f"{args.events}: {len(events):,} events", *cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)]
+    return [*told, *(cost.as_measured(Path(args.out), 2 * len(texts), args.price) if args.out else [])]

@@ -16,6 +16,7 @@ def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path)
         raise UserError("plots need matplotlib: pip install matplotlib, or leave out --plots") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, (column, label, share) in zip(axes.flat, COLUMNS, strict=True):
@@ -25,10 +26,11 @@ def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path)
         axis.set(xlabel="% of the stream", ylabel=label, xlim=(0, 100))
         if share:
             axis.set_ylim(-0.02, 1.02)
-        elif column == "words_a_second":
-            axis.set_ylim(bottom=0)
-    axes.flat[0].legend()
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            axis.axhline(0, color="0.8", zorder=0)
     figure.suptitle(title)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
