@@ -432,6 +432,12 @@ def test_one_line_for_each_mistake(files, tmp_path, capsys):
     out, a = ("--out", tmp_path / "run"), ("--a", files[0])
     assert "--a is needed" in fails(GAMES, *out, code=2)
     assert "--judge needs --b" in fails(GAMES, *a, *out, "--judge", "http://x/v1#m", code=2)
+    for flag, value in (("--plots", "x.txt"), ("--price", "inf,1"), ("--min-words", "-5")):
+        with pytest.raises(SystemExit):
+            cli.run(["eval", "inf-streams", str(GAMES), f"{flag}={value}"])
+        assert f"argument {flag}: '{value}' must" in capsys.readouterr().err
+    assert "x.png cannot be written" in fails(GAMES, *a, *out, *SHORT, "--plots", files[0] / "x.png")
+    assert "--fps must be positive" in fails(GAMES, *a, *out, *SHORT, "--fps", 0, code=2)
     assert "25 to 500" in fails(GAMES, *a, *out, "--chunk-seconds", 600, code=2)
     assert "is no endpoint" in fails(GAMES, *a, "--b", "http://x/v1", *out)
     assert "no such result file" in fails(GAMES, "--a", tmp_path / "no.jsonl", *out, *SHORT)

@@ -111,5 +111,5 @@ def as_measured(folder: Path, questions: int, price: tuple[float, float]) -> lis
 
 def published(start: float, segment: float) -> tuple[float, int]:
     """Seconds of stream in the published benchmark, and its segments at most: those with few words are left out, and not counted here."""
-    seconds = GAME_HOURS * 3600 - start
+    seconds = max(0.0, GAME_HOURS * 3600 - start)
     return GAMES * seconds, GAMES * int(seconds / segment)

@@ -182,6 +182,8 @@ def merge(rows: Iterable[tuple[str, Row]]) -> dict[str, Result]:
     for where, row in rows:
         try:
             name, start, end = PurePosixPath(row["video"]).name, parse_seconds(row["chunk_start"]), parse_seconds(row["chunk_end"])
+            if end < start or not isinstance(row["items"], list):
+                raise ValueError("it ends before it starts" if end < start else "items are no list")
             items = tuple(
                 Piece(
                     parse_seconds(item.get("start_time", item["end_time"])),

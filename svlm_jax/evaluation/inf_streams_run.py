@@ -41,7 +41,7 @@ from svlm_jax.evaluation.inf_streams import (
 from svlm_jax.evaluation.journal import Row, run_folder, write_whole
 from svlm_jax.evaluation.judge import STREAM_PROMPT, Pair, Votes
 from svlm_jax.evaluation.measures import measure
-from svlm_jax.evaluation.plots import plot
+from svlm_jax.evaluation.plots import check, plot
 from svlm_jax.evaluation.report import Judged, comparison, measures_row, measures_table, votes_table, write_report
 from svlm_jax.evaluation.watch import Record, Watch
 
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(*_estimate(args), sep="\n")
         return 0
     given, endpoint = sides(args), judge_endpoint(args)
+    if args.plots:
+        check(Path(args.plots))
     games, segments = _benchmark(args)
     prompt = read_prompt(args.judge_prompt, STREAM_PROMPT)
     folder = Path(args.out)

@@ -25,7 +25,7 @@ from svlm_jax.evaluation.journal import Row, run_folder, write_whole
 from svlm_jax.evaluation.judge import EVENT_PROMPT, Pair
 from svlm_jax.evaluation.livesports import Event, Key, as_results, merge, predictions_bytes, read_events, read_results, result_row
 from svlm_jax.evaluation.measures import measure
-from svlm_jax.evaluation.plots import plot
+from svlm_jax.evaluation.plots import check, plot
 from svlm_jax.evaluation.report import Judged, comparison, measures_row, measures_table, votes_table, write_report
 from svlm_jax.evaluation.watch import Record, Watch
 
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         print(*_estimate(args), sep="\n")
         return 0
     given, endpoint = sides(args), judge_endpoint(args)
+    if args.plots:
+        check(Path(args.plots))
     events = read_events(Path(args.events))
     prompt = read_prompt(args.judge_prompt, EVENT_PROMPT)
     folder = Path(args.out)

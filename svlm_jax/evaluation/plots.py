@@ -1,5 +1,6 @@
 """The measures over stream time, drawn."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,12 +9,21 @@ from svlm_jax.evaluation.journal import Row
 from svlm_jax.evaluation.report import COLUMNS
 
 
-def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path) -> None:
-    """One panel a measure, one line a contestant, over the parts of the stream. Raises UserError where matplotlib is not installed."""
+def check(path: Path) -> None:
+    """Raises UserError where nothing can be drawn there, which is better known before hours of work than after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib: pip install matplotlib, or leave out --plots")
     try:
-        import matplotlib
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install matplotlib, or leave out --plots") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another place for --plots") from None
+
+
+def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path) -> None:
+    """One panel a measure, one line a contestant, over the parts of the stream, into a file that passes `check`."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
@@ -31,6 +41,5 @@ def plot(title: str, sides: Mapping[str, tuple[str, Sequence[Row]]], path: Path)
             axis.axhline(0, color="0.8", zorder=0)
     figure.suptitle(title)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
