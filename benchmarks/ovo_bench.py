@@ -2,8 +2,9 @@
 
     python benchmarks/ovo_bench.py [--model DIR] [--way offline streaming] [--openai URL] [--json FILE]
 
-For an environment with lmms-eval 0.7.3 (docs/evaluation.md). With --openai, its model `openai` is asked as well, at a running `svlm serve`,
-about the two parts that have one round. Nothing is downloaded: tasks find data set and videos where they look first, in
+For an environment with lmms-eval 0.7.3 (docs/evaluation.md). With --openai, its model `openai` is asked as well, at a running `serve.py`, about
+the two parts that have one round; it is told the videos' paths, so the server needs --allow-files for the folder of temporary files, TMPDIR.
+Nothing is downloaded: tasks find data set and videos where they look first, in
 `kcz358/OVOBench` under the working directory and in `$HF_HOME/ovobench/chunked_videos`. The videos are beginnings of the bundled clip, the right
 answers are arbitrary, and the bundled model has learnt nothing: what is shown is that every round is asked and scored.
 """
@@ -149,7 +150,8 @@ def main() -> None:
         path = f",path={args.model}" if args.model else ""
         ways = {way: ("svlm", f"way={way},max_frames=8,max_pixels=9408{path}", TASKS) for way in args.way}
         if args.openai:
-            ways["openai"] = ("openai", f"model={served(args.openai)},base_url={args.openai},num_concurrent=1,max_frames_num=8", TASKS[:2])
+            settings = f"model={served(args.openai)},base_url={args.openai},num_concurrent=1,max_frames_num=8,pass_video_url=True"
+            ways["openai"] = ("openai", settings, TASKS[:2])
         found = {way: evaluate(Path(scratch), way, *how) for way, how in ways.items()}
     versions = {name: metadata.version(name) for name in ("lmms-eval", "av", "jax", "datasets", "transformers")}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
