@@ -1,8 +1,10 @@
 """OVO-Bench's three tasks of lmms-eval, unchanged and to their end, on a miniature in the published form.
 
-    python benchmarks/ovo_bench.py [--model DIR] [--way offline streaming] [--json FILE]
+    python benchmarks/ovo_bench.py [--model DIR] [--way offline streaming] [--openai URL] [--json FILE]
 
-For an environment with lmms-eval 0.7.3 (docs/evaluation.md). Nothing is downloaded: tasks find data set and videos where they look first, in
+For an environment with lmms-eval 0.7.3 (docs/evaluation.md). With --openai, its model `openai` is asked as well, at a running `serve.py`, about
+the two parts that have one round; it is told the videos' paths, so the server needs --allow-files for the folder of temporary files, TMPDIR.
+Nothing is downloaded: tasks find data set and videos where they look first, in
 `kcz358/OVOBench` under the working directory and in `$HF_HOME/ovobench/chunked_videos`. The videos are beginnings of the bundled clip, the right
 answers are arbitrary, and the bundled model has learnt nothing: what is shown is that every round is asked and scored.
 """
@@ -14,6 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,53 +98,67 @@ def write_miniature(root: Path) -> None:
         (data / f"{part}.json").write_text("".join(lines))
 
 
-def evaluate(root: Path, way: str, model: str | None) -> dict[str, Any]:
-    """What lmms-eval reports of the model, asked in one way."""
+def evaluate(root: Path, way: str, model: str, settings: str, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+    """What lmms-eval reports of one of its models, asked in one way."""
     out = root / way
-    settings = f"way={way},max_frames=8,max_pixels=9408" + (f",path={model}" if model else "")
     command = [
         sys.executable,
         "-m",
         "lmms_eval",
         "--model",
-        "svlm",
+        model,
         "--model_args",
         settings,
         "--tasks",
-        ",".join(TASKS),
+        ",".join(tasks),
         "--batch_size",
         "1",
     ]
-    home = {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    home = {"OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY", "none"), "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     subprocess.run([*command, "--output_path", str(out), "--log_samples"], cwd=root, env={**os.environ, **home}, check=True)
     results = json.loads(next(out.rglob("*_results.json")).read_text())["results"]
     answers: dict[str, list[Any]] = {}
-    for task in TASKS:
+    for task in tasks:
         samples = next(out.rglob(f"*samples_{task}.jsonl"))
         answers[task] = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
-    metrics = {task: {name: value for name, value in results[task].items() if isinstance(value, float | int)} for task in TASKS}
-    rounds = [len(replies) for replies in answers["ovo_forward"]]
+    metrics = {task: {name: value for name, value in results[task].items() if isinstance(value, float | int)} for task in tasks}
     counts = {task: len(found) for task, found in answers.items()}
-    if rounds != [len(row["test_info"]) for row in ROWS["forward"]] or counts != {f"ovo_{part}": len(rows) for part, rows in ROWS.items()}:
+    found: dict[str, Any] = {"scores": metrics, "answers": counts}
+    rounds = [len(row["test_info"]) for row in ROWS["forward"]]
+    if "ovo_forward" in answers:
+        found["rounds_of_forward"] = [len(replies) for replies in answers["ovo_forward"]]
+    if found.get("rounds_of_forward", rounds) != rounds or counts != {task: len(ROWS[task.removeprefix("ovo_")]) for task in tasks}:
         raise SystemExit(f"not every round was answered: {answers}")
-    return {"scores": metrics, "answers": counts, "rounds_of_forward": rounds}
+    return found
+
+
+def served(url: str) -> str:
+    """The name of the model that a server has."""
+    with urllib.request.urlopen(f"{url}/models") as answer:
+        return json.load(answer)["data"][0]["id"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint (default: the bundled one)")
-    parser.add_argument("--way", nargs="+", choices=("offline", "streaming"), default=["offline", "streaming"])
+    parser.add_argument("--way", nargs="*", choices=("offline", "streaming"), default=["offline", "streaming"])
+    parser.add_argument("--openai", metavar="URL", help="ask a server too, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--json", help="where the record goes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         write_miniature(Path(scratch))
-        found = {way: evaluate(Path(scratch), way, args.model) for way in args.way}
+        path = f",path={args.model}" if args.model else ""
+        ways = {way: ("svlm", f"way={way},max_frames=8,max_pixels=9408{path}", TASKS) for way in args.way}
+        if args.openai:
+            settings = f"model={served(args.openai)},base_url={args.openai},num_concurrent=1,max_frames_num=8,pass_video_url=True"
+            ways["openai"] = ("openai", settings, TASKS[:2])
+        found = {way: evaluate(Path(scratch), way, *how) for way, how in ways.items()}
     versions = {name: metadata.version(name) for name in ("lmms-eval", "av", "jax", "datasets", "transformers")}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     told = {
         "date": date,
         "commit": commit(),
-        "command": "python benchmarks/ovo_bench.py",
+        "command": " ".join(["python benchmarks/ovo_bench.py", *(["--openai URL"] if args.openai else [])]),
         "model": args.model or "demo",
         "versions": versions,
         **found,

@@ -24,6 +24,7 @@ from svlm_jax.data.video import read_rounds
 from svlm_jax.errors import UserError
 from svlm_jax.evaluation import watching
 from svlm_jax.evaluation.compare import run_config, sides
+from svlm_jax.evaluation.contestants import PUBLISHED
 from svlm_jax.evaluation.inf_streams import Piece, merge, read_games, shard
 from svlm_jax.evaluation.journal import Journal
 from svlm_jax.evaluation.watch import Watch
@@ -382,6 +383,8 @@ def test_a_checkpoint_is_run_by_its_own_settings(tmp_path):
             assert config.max_pixels == StreamConfig().max_pixels
     alone = parser.parse_args(["--a", "demo"])
     assert run_config(alone, sides(alone), sides(alone)["a"]) == StreamConfig()
+    published = run_config(args, given, given["a"], PUBLISHED)
+    assert (published.fps, published.text_sink, published.temperature) == (1, 512, 0.9)  # not the checkpoint's own, where it is published
     (tmp_path / "streaming.json").write_text('{"fpz": 4}')
     with pytest.raises(UserError, match="there is no setting fpz"):
         run_config(args, given, given["a"])

@@ -217,10 +217,15 @@ def test_verdicts_read():
         "Candidate A",
         "<think>B? no</think>\n\nA",
         "A is better.",
+        "My final answer: A",
+        "Option A",
+        "\\boxed{A}",
+        "<answer>A</answer>",
     ):
         assert verdict(text) == "A", text
     assert verdict("B\n") == verdict("Commentary B is better") == "B"
-    for text in ("", "A or B", "A and B are close", "An excellent pair", "Both", "B, because A is dull", "C"):
+    prose = ("A or B", "A and B are close", "An excellent pair", "B, because A is dull", "A is not better", "I think A is better")
+    for text in ("", *prose, "Both", "C", "not A", "<think>B", "AB"):
         assert verdict(text) == "malformed", text
     assert verdict("A", refused=True) == verdict("I cannot judge these.") == verdict("I’m sorry, no.") == "refusal"
 
@@ -251,8 +256,44 @@ def test_merging_shards(tmp_path):
     assert read_results(folder / "merged_result.jsonl") == merged == read_results(folder)
     assert json.loads(merged_bytes(merged))["chunk_start"] == 10
     assert said_in(merged["x.mp4"], 10, 12) == "a b" and said_in(merged["x.mp4"], 11, 21) == "b c"
+    overlapping = [("x", row(10, 14, (10, "a"), (13, "b"))), ("x", row(12, 16, (12, "again"), (13, "again"), (15, "c")))]
+    for rows in (overlapping, overlapping[::-1]):
+        assert merge(rows) == {"x.mp4": Result(10, 16, (Piece(10, 11, "a"), Piece(13, 14, "b"), Piece(15, 16, "c")))}
     with pytest.raises(UserError, match=r"shard 7: not a row"):
         merge([("shard 7", {"video": "x", "chunk_start": 1})])
+
+
+def test_a_lost_shard_is_no_silence(files, tmp_path):
+    """What no shard is of is neither judged nor measured, and the report names the game; also when it is merged before."""
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    first = rows.pop(0)
+    for start, end in ((4, 14), (24, 40)):
+        said = [item for item in first["items"] if start <= item["start_time"] < end]
+        rows.append(first | {"chunk_start": start, "chunk_end": end, "items": said})
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    merged = tmp_path / "merged.jsonl"
+    merged.write_bytes(merged_bytes(read_results(files[0])))
+    with Server().serving() as server:
+        found = [
+            run(files=(ours, files[1]), judge=server.judge, out=tmp_path / "run", workers=1)[0] for ours in (files[0], merged)
+        ]
+        assert len(server.requests) == 12
+    report = found[0]
+    assert report["votes"] == found[1]["votes"] and report["votes"]["total"]["pairs"] == 6
+    assert report["coverage"]["a"] == found[1]["coverage"]["a"] and "gaps" not in report["coverage"]["b"]
+    assert (report["coverage"]["a"]["segments"], report["coverage"]["a"]["gaps"]) == (6, ["aQ1xTn3vK2c.mp4"])
+    assert report["measures"]["a"]["seconds"] == report["measures"]["b"]["seconds"] - 10
+
+
+def test_words_that_no_file_can_hold(files, tmp_path):
+    """Half of a surrogate pair, as JSON may spell it, and names that need escaping in a table."""
+    text = files[0].read_text().replace("strong 0", "strong \\ud83d 0 \\ud83d\\ude00")
+    files[0].write_text(text)
+    named = [f"Ours|é={files[0]}", f"b={files[1]}"]
+    with Server(answer=lambda body: "A\ud83d" if "0" in shown(body)[1] else by_marks(body)).serving() as server:
+        report, _ = run(files=named, judge=server.judge, out=tmp_path / "run")
+    assert report["votes"]["total"]["malformed"] == 0 and report["contestants"]["a"]["name"] == "Ours|é"
+    assert "| Ours\\|é |" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_segments_and_history():
@@ -316,6 +357,8 @@ def test_measures_by_hand():
     assert whole.invented == 0.5  # Lopez twice; not Ramirez, and not Owls, which the title has
     assert whole.repetition == 3 / 18  # scores and it is | and it is Lopez | it is Lopez again
     assert (whole.delay, whole.delays) == (12.5, 2)  # Okafor by 5 s and Ramirez by 20 s, which the first piece has
+    long, halves = measure([game], parts, {"x.mp4": Result(0, 30, (Piece(10, 25, "one two three"),))}, {"x.mp4": 0.0}, bins=2)
+    assert long.words_a_second == 0.1 and [part.words_a_second for part in halves] == pytest.approx([1 / 15, 2 / 15])  # 5 s and 10 s of it
     assert bins[1].silence == 0.5 and [part.words_a_second for part in bins] == [0.6, 0.7, 0.8]
 
 
@@ -337,6 +380,15 @@ def test_cost(tmp_path, files, capsys):
     assert cli.run(args) == 0
     out = capsys.readouterr().out
     assert "3 games, 7 segments" in out and "14 questions" in out and "device" not in out and "at 2 in and 8 out" in out
+    assert cli.run(["eval", "inf-streams", "--dry-run"]) == 0
+    assert "5.5 hours on one NVIDIA H100" in (out := capsys.readouterr().out) and "(3.29 at 1.25 in and 10 out a million)" in out
+    with Server().serving() as server:
+        run(files=files, judge=server.judge, out=tmp_path / "run")
+    assert "judge-1: 14 questions to ask, about " in capsys.readouterr().err
+    with open(tmp_path / "run" / "verdicts.jsonl", "a") as journal:
+        journal.write('{"torn')
+    assert cli.run([*args, "--out", str(tmp_path / "run")]) == 0
+    assert "by the 14 answers in" in (out := capsys.readouterr().out) and "of 100 tokens in and 1 out: 1,400 tokens in (0.00 at 2 in" in out
     judged = cost.judging("p" * 100, [(9_000, 50, 50)])
     assert judged == (2, round(2 * 8_200 / 4), 2)
     assert cost.read_rate(None, fps=2.0, streams=1).round_ms > 0  # the measured ones
@@ -380,6 +432,12 @@ def test_one_line_for_each_mistake(files, tmp_path, capsys):
     out, a = ("--out", tmp_path / "run"), ("--a", files[0])
     assert "--a is needed" in fails(GAMES, *out, code=2)
     assert "--judge needs --b" in fails(GAMES, *a, *out, "--judge", "http://x/v1#m", code=2)
+    for flag, value in (("--plots", "x.txt"), ("--price", "inf,1"), ("--min-words", "-5")):
+        with pytest.raises(SystemExit):
+            cli.run(["eval", "inf-streams", str(GAMES), f"{flag}={value}"])
+        assert f"argument {flag}: '{value}' must" in capsys.readouterr().err
+    assert "x.png cannot be written" in fails(GAMES, *a, *out, *SHORT, "--plots", files[0] / "x.png")
+    assert "--fps must be positive" in fails(GAMES, *a, *out, *SHORT, "--fps", 0, code=2)
     assert "25 to 500" in fails(GAMES, *a, *out, "--chunk-seconds", 600, code=2)
     assert "is no endpoint" in fails(GAMES, *a, "--b", "http://x/v1", *out)
     assert "no such result file" in fails(GAMES, "--a", tmp_path / "no.jsonl", *out, *SHORT)

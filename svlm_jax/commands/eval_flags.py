@@ -1,6 +1,7 @@
 """Flags that the benchmarks of commentary share."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", metavar="WHO", help="whom to compare it with, likewise")
     parser.add_argument("--videos", metavar="DIR", default="", help="folder that the paths of videos are relative to")
     parser.add_argument("--out", metavar="DIR", help="the run's folder: results, verdicts and report")
-    parser.add_argument("--plots", metavar="FILE", help="also draw the measures over stream time into this .png or .svg (needs matplotlib)")
+    plots = "also draw the measures over stream time into this .png or .svg (needs matplotlib)"
+    parser.add_argument("--plots", metavar="FILE", type=_picture, help=plots)
 
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge", metavar="URL#MODEL", help="any server of OpenAI's chat completions; its key is in OPENAI_API_KEY")
@@ -49,7 +51,8 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     cost = parser.add_argument_group("cost")
     cost.add_argument("--dry-run", action="store_true", help="say what the run would take, and do nothing")
     cost.add_argument("--rates", metavar="FILE", help="measured rounds, as `svlm bench stream --json` writes them (default: the H100's)")
-    cost.add_argument("--price", metavar="IN,OUT", type=_price, help="of a million of the judge's tokens, to have its cost told")
+    price = "of a million of the judge's tokens, in dollars or whatever (default: 1.25,10, gpt-5's when it came out)"
+    cost.add_argument("--price", metavar="IN,OUT", type=_price, default=(1.25, 10.0), help=price)
 
     model = parser.add_argument_group("checkpoints")
     model.add_argument("--streams", metavar="N", type=_count, default=1, help="streams that run as one batch (default: 1)")
@@ -94,11 +97,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _picture(text: str) -> str:
+    if not text.lower().endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
+    return text
+
+
 def _price(text: str) -> tuple[float, float]:
     parts: list[Any] = text.split(",")
     try:
         first, second = (float(part) for part in parts)
-        if min(first, second) >= 0:
+        if min(first, second) >= 0 and max(first, second) < math.inf:
             return first, second
     except ValueError:
         pass

@@ -35,8 +35,11 @@ SEEK_BACK = (0, 10, 60)  # seconds before the start to seek to, the next where o
 UNINDEXED = ("mpeg", "mpegts")  # after a seek their times need a second to settle, so never seek right to the start
 LEAP = 10  # seconds; a longer step of a broadcast's clock is a splice and no long frame (the threshold of ffmpeg's command line)
 NETWORK_TIMEOUT = (10.0, 30.0)  # seconds to open a URL, and to wait for its next bytes
-# PyAV 19 is lenient by itself and no longer takes the argument
-LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+PYAV = int(av.__version__.split(".")[0])
+LENIENT: dict[str, Any] = {} if PYAV >= 19 else {"metadata_errors": "replace"}  # by itself since 19, which no longer takes the argument
+ONE_THREAD: dict[str, Any] = {"threads": 1} if PYAV >= 17 else {}  # of a conversion; before 17 it had no more
+# before 17 a frame's own matrix was heeded only where another one was asked for, which means nothing for RGB
+AS_TAGGED: dict[str, Any] = {} if PYAV >= 17 else {"dst_colorspace": "DEFAULT"}
 LEAVE_BEHIND = 5.0  # seconds to wait for a reading thread that a stalled network keeps busy; it ends by itself later
 TICK = Fraction(1, 1000)  # seconds; containers round the end of the last frame, by a millisecond in Matroska
 BROKEN_READS = 64  # unreadable stretches in a row after which the file counts as ended
@@ -404,7 +407,7 @@ class _Screen:
         if self._pixels is None:
             picture = self._shown.picture
             try:
-                pixels = self._converter.reformat(picture, format="rgb24", threads=1).to_ndarray()
+                pixels = self._converter.reformat(picture, format="rgb24", **ONE_THREAD, **AS_TAGGED).to_ndarray()
             except (FFmpegError, ValueError):
                 raise UserError(f"{self._source}: pixel format {picture.format.name} cannot be shown: convert the video to H.264") from None
             self._pixels = resize(np.rot90(pixels, round(picture.rotation / 90)), self._size)  # both count anticlockwise

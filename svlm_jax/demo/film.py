@@ -12,6 +12,7 @@ from av.video.reformatter import VideoReformatter
 
 from svlm_jax.data.annotations import Annotation, Question, Word, annotation_row
 from svlm_jax.data.chunks import ChunkConfig, chunk_times
+from svlm_jax.data.video import ONE_THREAD
 from svlm_jax.demo.commentary import QUERY, Line
 from svlm_jax.demo.match import Match
 from svlm_jax.demo.picture import HEIGHT, WIDTH, Painter
@@ -53,7 +54,7 @@ def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None
         stream.height, stream.width, stream.pix_fmt = c.height, c.width, "yuv420p"
         for number in range(math.ceil((match.seconds - c.start) * c.fps)):
             picture = av.VideoFrame.from_ndarray(painter(c.start + number / c.fps), format="rgb24")
-            frame = converter.reformat(picture, format="yuv420p", threads=1)
+            frame = converter.reformat(picture, format="yuv420p", **ONE_THREAD)
             frame.pts, frame.time_base = number, Fraction(1, c.fps)
             container.mux(stream.encode(frame))
             if progress and number % c.fps == 0:

@@ -15,10 +15,11 @@ from svlm_jax.checkpoints.stream_settings import read_stream_settings
 from svlm_jax.commands.eval_flags import stream_config
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
+from svlm_jax.evaluation import cost
 from svlm_jax.evaluation.contestants import Asking, Contestant, Showing, parse_contestant
 from svlm_jax.evaluation.endpoint import Endpoint, parse_endpoint
 from svlm_jax.evaluation.journal import Journal, Row, run_folder, write_whole
-from svlm_jax.evaluation.judge import Pair, Votes, judge, requests_table
+from svlm_jax.evaluation.judge import VERDICTS, Pair, Question, Votes, judge, requests_table
 from svlm_jax.evaluation.watch import Record, Watch
 
 TOLD_EVERY = 5.0  # seconds
@@ -79,10 +80,16 @@ def sides(args: argparse.Namespace) -> dict[str, Contestant]:
     return given
 
 
-def run_config(args: argparse.Namespace, given: Mapping[str, Contestant], who: Contestant | None) -> StreamConfig:
-    """How a side is run: a checkpoint by its own `streaming.json` where the flags say nothing, a server as the checkpoint beside it."""
+def run_config(
+    args: argparse.Namespace, given: Mapping[str, Contestant], who: Contestant | None, fixed: Mapping[str, Any] | None = None
+) -> StreamConfig:
+    """How a side is run: a checkpoint by its own `streaming.json` where the flags say nothing, a server as the checkpoint beside it.
+
+    What is `fixed` goes before the checkpoint's own settings, but not before flags.
+    """
     model = who.model if who is not None and who.model else next((each.model for each in given.values() if each.model), None)
-    return stream_config(args, {} if model in (None, "demo") else _settings_of(str(model), must=not args.dry_run))
+    own = {} if model in (None, "demo") else _settings_of(str(model), must=not args.dry_run)
+    return stream_config(args, {**own, **(fixed or {})})
 
 
 def _settings_of(model: str, must: bool) -> dict[str, Any]:
@@ -195,11 +202,21 @@ def _ask(who: Contestant, job: Job, journal: Journal) -> None:
     work.run()
 
 
-def vote(pairs: Sequence[Pair], endpoint: Endpoint, prompt: str, folder: Path, workers: int) -> dict[str, Votes]:
-    """The judge's votes, from the folder's journal where they are known. What the requests came to is written whatever happens."""
-    with Journal(folder / "verdicts.jsonl") as journal:
+def vote(
+    pairs: Sequence[Pair], endpoint: Endpoint, prompt: str, folder: Path, workers: int, price: tuple[float, float]
+) -> dict[str, Votes]:
+    """The judge's votes, from the folder's journal where they are known; what the others will cost is told before they are asked for.
+
+    What the requests came to is written whatever happens.
+    """
+
+    def before(waiting: Sequence[Question]) -> None:
+        weight = cost.weight(cost.weigh(waiting), price)
+        print(f"{endpoint.model}: {len(waiting):,} questions to ask, about {weight}", file=sys.stderr, flush=True)
+
+    with Journal(folder / VERDICTS) as journal:
         try:
-            return judge(pairs, endpoint, journal, prompt=prompt, workers=workers, told=Progress(f"{endpoint.model}, questions"))
+            return judge(pairs, endpoint, journal, prompt=prompt, workers=workers, before=before, told=Progress(f"{endpoint.model}, questions"))
         finally:
             table = requests_table(journal.rows)
             write_whole(folder / "requests.json", (json.dumps(table) + "\n").encode())

@@ -21,6 +21,7 @@ from svlm_jax.evaluation.watch import Record, Watch
 
 History = Literal["own", "reference", "none"]
 PUBLISHED_RATE, PUBLISHED_ROWS, PUBLISHED_FRAMES = 0.25, 360, 60  # frames a second, pixels high, a request: what GPT-4o mini was shown
+PUBLISHED = {"temperature": 0.9, "repetition_penalty": 1.05, "text_sink": 512, "text_sliding": 512}  # how the checkpoint was run there
 JPEG_QUALITY = 85
 COMMENTATOR = (
     "You are a live sports commentator on air. Say, in plain text and in the language of the request, what the pictures show as it happens: "

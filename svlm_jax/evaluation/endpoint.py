@@ -138,10 +138,10 @@ def _read(data: bytes) -> Reply:
         text, refusal = message.get("content"), message.get("refusal")
         usage = answer.get("usage") or {}
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Failure("broken JSON", f"{type(error).__name__} in {data[:60]!r}") from None
     if isinstance(text, list):  # content in parts
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        text = "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in text if isinstance(part, str | dict))
     finish = choice.get("finish_reason")
     refused = bool(refusal) or finish == "content_filter"
     return Reply(str(text or refusal or ""), refused, finish == "length", *tokens)

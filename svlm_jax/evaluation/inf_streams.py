@@ -71,11 +71,17 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a contestant said about one video, from `start` to `end`."""
+    """What a contestant said about one video, from `start` to `end`, but for what is `missing`."""
 
     start: float
     end: float
     items: tuple[Piece, ...]
+    missing: tuple[tuple[float, float], ...] = ()  # stretches that no shard is of, in order
+
+    def spans(self) -> list[tuple[float, float]]:
+        """Stretches that it is of."""
+        edges = [self.start, *(time for gap in self.missing for time in gap), self.end]
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def read_games(path: Path) -> list[Game]:
@@ -167,14 +173,17 @@ def _whole(time: float) -> float | int:
 
 
 def merge(rows: Iterable[tuple[str, Row]]) -> dict[str, Result]:
-    """One result a video, from shards in any order, each with a name for messages. Of two that begin alike the longer one counts.
+    """One result a video, from shards in any order, each with a name for messages.
 
-    Raises UserError for a row of another form.
+    Of two that begin alike the longer one counts; where two overlap, the one that begins first. A lost shard leaves a gap, which is no
+    silence: `Result.missing`. Raises UserError for a row of another form.
     """
     found: dict[str, dict[float, Result]] = {}
     for where, row in rows:
         try:
             name, start, end = PurePosixPath(row["video"]).name, parse_seconds(row["chunk_start"]), parse_seconds(row["chunk_end"])
+            if end < start or not isinstance(row["items"], list):
+                raise ValueError("it ends before it starts" if end < start else "items are no list")
             items = tuple(
                 Piece(
                     parse_seconds(item.get("start_time", item["end_time"])),
@@ -183,13 +192,14 @@ def merge(rows: Iterable[tuple[str, Row]]) -> dict[str, Result]:
                 )
                 for item in row["items"]
             )
+            missing = tuple((parse_seconds(begin), parse_seconds(stop)) for begin, stop in row.get("missing") or ())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{where}: not a row of video, chunk_start, chunk_end and items ({type(error).__name__} {error}): give a result file"
             ) from None
         shards = found.setdefault(name, {})
         if start not in shards or end > shards[start].end:
-            shards[start] = Result(start, end, items)
+            shards[start] = Result(start, end, items, missing)
     return {name: _join([shards[start] for start in sorted(shards)]) for name, shards in sorted(found.items())}
 
 
@@ -198,7 +208,23 @@ def _spoken(text: Any) -> str:
 
 
 def _join(results: Sequence[Result]) -> Result:
-    return Result(results[0].start, max(r.end for r in results), tuple(item for r in results for item in r.items))
+    """`results` in the order of their starts."""
+    items: list[Piece] = []
+    reached = results[0].start
+    for result in results:
+        items += (item for item in result.items if result.start >= reached or item.end > reached)
+        reached = max(reached, result.end)
+    return Result(results[0].start, reached, tuple(items), _gaps(sorted(span for result in results for span in result.spans())))
+
+
+def _gaps(spans: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """What lies between spans in order; less than a second is none, since whole seconds are compared."""
+    gaps, reached = [], spans[0][0]
+    for begin, end in spans:
+        if begin - reached >= 1:
+            gaps.append((reached, begin))
+        reached = max(reached, end)
+    return tuple(gaps)
 
 
 def read_results(path: Path) -> dict[str, Result]:
@@ -212,14 +238,21 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def merged_bytes(results: Mapping[str, Result]) -> bytes:
-    """A result file with a row for each video."""
-    rows = (shard(name, result.start, result.end, result.items) for name, result in sorted(results.items()))
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    """A result file with a row for each video; gaps are told beside the published keys."""
+    lines = []
+    for name, result in sorted(results.items()):
+        row = shard(name, result.start, result.end, result.items)
+        if result.missing:
+            row["missing"] = [[_whole(time) for time in gap] for gap in result.missing]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
 def covers(result: Result | None, segment: Segment) -> bool:
     """Whether the contestant was at work during all of the segment."""
-    return result is not None and int(result.start) <= segment.start and segment.end <= int(result.end)
+    if result is None or not (int(result.start) <= segment.start and segment.end <= int(result.end)):
+        return False
+    return not any(int(begin) < segment.end and segment.start < int(end) for begin, end in result.missing)
 
 
 def said_in(result: Result, start: float, end: float) -> str:

@@ -22,7 +22,7 @@ from svlm_jax.evaluation.compare import (
     sides,
     vote,
 )
-from svlm_jax.evaluation.contestants import Contestant, showing
+from svlm_jax.evaluation.contestants import PUBLISHED, Contestant, showing
 from svlm_jax.evaluation.inf_streams import (
     Game,
     Result,
@@ -41,7 +41,7 @@ from svlm_jax.evaluation.inf_streams import (
 from svlm_jax.evaluation.journal import Row, run_folder, write_whole
 from svlm_jax.evaluation.judge import STREAM_PROMPT, Pair, Votes
 from svlm_jax.evaluation.measures import measure
-from svlm_jax.evaluation.plots import plot
+from svlm_jax.evaluation.plots import check, plot
 from svlm_jax.evaluation.report import Judged, comparison, measures_row, measures_table, votes_table, write_report
 from svlm_jax.evaluation.watch import Record, Watch
 
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(*_estimate(args), sep="\n")
         return 0
     given, endpoint = sides(args), judge_endpoint(args)
+    if args.plots:
+        check(Path(args.plots))
     games, segments = _benchmark(args)
     prompt = read_prompt(args.judge_prompt, STREAM_PROMPT)
     folder = Path(args.out)
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             if not asked:
                 raise UserError("no segment is covered by both sides' results, so there is nothing to judge: check --start and --segments")
             pairs = [Pair(s.name, s.reference, *(said_in(results[side][s.video], s.start, s.end) for side in ("a", "b"))) for s in asked]
-            votes = vote(pairs, endpoint, prompt, folder, args.workers)
+            votes = vote(pairs, endpoint, prompt, folder, args.workers, args.price)
             judged = [Judged(s.name, s.video, {"sport": s.sport, "fifth": FIFTHS[s.fifth]}, votes[s.name]) for s in asked]
             report |= {"judge": {"model": endpoint.model, "prompt": digest(prompt)}, "votes": comparison(judged)}
             write_whole(folder / "score_segments.jsonl", _scores(asked, votes, endpoint.model))
@@ -109,6 +111,11 @@ def _watches(args: argparse.Namespace, games: Sequence[Game]) -> list[Watch]:
     return watches
 
 
+def _fixed(args: argparse.Namespace) -> Mapping[str, float] | None:
+    """What the setting says of how a checkpoint is run."""
+    return PUBLISHED if args.setting == "published" else None
+
+
 def _record(record: Record) -> Row:
     return shard(record.watch.name, record.start, record.end, record.items)
 
@@ -120,7 +127,7 @@ def _results(
     who = given[side]
     if who.results is not None:
         return read_results(who.results), 0
-    config, endless = run_config(args, given, who), args.chunk_seconds is None
+    config, endless = run_config(args, given, who, _fixed(args)), args.chunk_seconds is None
     job = Job(
         watches=_watches(args, games),
         config=config,
@@ -145,11 +152,13 @@ def _results(
 def _coverage(games: Sequence[Game], segments: Sequence[Segment], results: Mapping[str, Result], start: float) -> Row:
     """Which games and segments a side has something for."""
     wanted = [game for game in games if game.end > start]
+    gaps = sorted(game.name for game in wanted if game.name in results and results[game.name].missing)
     return {
         "games": sum(game.name in results for game in wanted),
         "of_games": len(wanted),
         "ended_early": sorted(game.name for game in wanted if game.name in results and int(results[game.name].end) < game.end),
         "segments": sum(covers(results.get(segment.video), segment) for segment in segments),
+        **({"gaps": gaps} if gaps else {}),
     }
 
 
@@ -158,6 +167,7 @@ def _coverage_lines(given: Mapping[str, Contestant], found: Mapping[str, Row], s
     for side, who in given.items():
         row = found[side]
         early = f"; ended before the reference does: {', '.join(row['ended_early'])}" if row["ended_early"] else ""
+        early += f"; shards are missing of: {', '.join(row['gaps'])}" if "gaps" in row else ""
         refused = f"; refused to say anything {row['refused']:,} times" if row["refused"] else ""
         lines.append(
             f"{who.name}: {row['games']:,} of {row['of_games']:,} games, {row['segments']:,} of {segments:,} segments{early}{refused}."
@@ -181,7 +191,7 @@ def _scores(segments: Sequence[Segment], votes: Mapping[str, Votes], model: str)
 def _estimate(args: argparse.Namespace) -> list[str]:
     """What the run would take; of the published benchmark where no metadata is given."""
     given = sides(args)
-    config = run_config(args, given, given.get("a"))
+    config = run_config(args, given, given.get("a"), _fixed(args))
     prompt = read_prompt(args.judge_prompt, STREAM_PROMPT)
     checkpoints = sum(who.model is not None for who in given.values()) if given else 1
     rate = cost.read_rate(Path(args.rates) if args.rates else None, fps=config.fps, streams=args.streams) if checkpoints else None
@@ -194,13 +204,18 @@ def _estimate(args: argparse.Namespace) -> list[str]:
         most = cost.judging(prompt, [(cost.LONGEST, cost.LONGEST, cost.LONGEST)] * count)
         told = cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)
         limit = f"       at most {cost.weight(most, args.price)}, if all texts fill the {cost.LONGEST:,} characters that are shown"
-        return [head, texts_line, *told, limit]
+        return [head, texts_line, *told, limit, *_as_measured(args, 2 * count)]
     games, segments = _benchmark(args)
     seconds = sum(max(0.0, game.end - args.start) for game in games)
     known = {side: read_results(who.results) for side, who in given.items() if who.results is not None}
     texts = [(len(s.reference), _length(s, known.get("a")), _length(s, known.get("b"))) for s in segments]
     head = f"{args.metadata}: {len(games):,} games, {len(segments):,} segments"
-    return [head, *cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)]
+    told = cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)
+    return [head, *told, *_as_measured(args, 2 * len(texts))]
+
+
+def _as_measured(args: argparse.Namespace, questions: int) -> list[str]:
+    return cost.as_measured(Path(args.out), questions, args.price) if args.out else []
 
 
 def _length(segment: Segment, results: Mapping[str, Result] | None) -> int:

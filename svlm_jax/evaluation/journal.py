@@ -70,14 +70,29 @@ class Journal:
         self.close()
 
 
+def read_journal(path: Path) -> list[Row]:
+    """The whole lines of a journal that may be at work or may not be there. UserError as `read_rows`."""
+    if not path.exists():
+        return []
+    return [_row(path, number, line) for number, line in enumerate(path.read_bytes().splitlines(True), 1) if line.endswith(b"\n")]
+
+
 def _row(path: Path, number: int, line: bytes) -> Row:
     try:
-        row = json.loads(line)
+        row = _parse(line)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {number} is no JSON object: mend or remove that line")
     return row
+
+
+def _parse(data: bytes) -> Any:
+    """Of JSON, with half of a surrogate pair, which no file can hold, as a question mark. ValueError for what is none."""
+    value = json.loads(data)
+    if b"\\ud" in data.lower():
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -88,7 +103,7 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from None
     if data.lstrip()[:1] == b"[":
         with contextlib.suppress(ValueError, RecursionError):
-            rows = json.loads(data)
+            rows = _parse(data)
             if all(isinstance(row, dict) for row in rows):
                 return rows
         raise UserError(f"{path} begins as a JSON list and is none of objects: give a list of objects, or an object a line")

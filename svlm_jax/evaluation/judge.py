@@ -18,6 +18,7 @@ from svlm_jax.evaluation.journal import Journal, Row
 
 LONGEST = 8_000  # characters of each text that the judge is shown, as published
 ASKS = 3  # answers without a verdict after which a question has none
+VERDICTS = "verdicts.jsonl"  # the journal, in a run's folder
 KEPT = 400  # characters of an answer that the journal keeps
 Vote = Literal["a", "b"]
 Unclear = Literal["refusal", "malformed"]
@@ -36,8 +37,9 @@ of words, structure.
 Reply with one capital letter and nothing else: A or B, for the commentary closer to the human one. You must choose."""
 
 _LETTER = re.compile(
-    r"[\W_]*(?:(?:the\s+)?(?:answer|verdict|winner|choice|candidate|commentary|better(?:\s+commentary)?)\W+(?:is\W+)?(?:candidate\W+|commentary\W+)?)?"
-    r"([AB])(?:\W+is\W+(?:the\W+)?better(?:\W+commentary)?)?[\W_]*",
+    r"[\W_]*(?:(?:(?:the|my)\W+)?(?:final\W+)?(?:answer|verdict|winner|choice|vote|option|response|boxed|candidate|commentary|better(?:\s+commentary)?)\W+"
+    r"(?:is\W+)?(?:(?:candidate|commentary|option)\W+)?)?"
+    r"([AB])(?:\W+is\W+(?:the\W+)?better(?:\W+commentary)?)?(?:\W*</answer)?[\W_]*",
     re.IGNORECASE,
 )
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
@@ -126,9 +128,13 @@ def judge(
     *,
     prompt: str,
     workers: int = 8,
+    before: Callable[[Sequence[Question]], None] = lambda waiting: None,
     told: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Votes]:
-    """The votes on each pair. Raises UserError when the endpoint cannot be asked any more; what was answered by then is kept."""
+    """The votes on each pair. `before` hears what has to be asked, before it is.
+
+    Raises UserError when the endpoint cannot be asked any more; what was answered by then is kept.
+    """
     orders = {
         pair.name: tuple(question(endpoint.model, prompt, pair.reference, *texts) for texts in ((pair.a, pair.b), (pair.b, pair.a)))
         for pair in pairs
@@ -136,6 +142,7 @@ def judge(
     verdicts, line = Verdicts(journal), Line(endpoint)
     every = {asked.key: asked for order in orders.values() for asked in order}
     waiting = [asked for key, asked in every.items() if verdicts[key] is None]
+    before(waiting)
     told(len(every) - len(waiting), len(every))
     with ThreadPoolExecutor(max(1, workers), "judge") as pool:
         work = [pool.submit(_settle, asked, line, verdicts) for asked in waiting]

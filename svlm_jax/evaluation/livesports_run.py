@@ -25,7 +25,7 @@ from svlm_jax.evaluation.journal import Row, run_folder, write_whole
 from svlm_jax.evaluation.judge import EVENT_PROMPT, Pair
 from svlm_jax.evaluation.livesports import Event, Key, as_results, merge, predictions_bytes, read_events, read_results, result_row
 from svlm_jax.evaluation.measures import measure
-from svlm_jax.evaluation.plots import plot
+from svlm_jax.evaluation.plots import check, plot
 from svlm_jax.evaluation.report import Judged, comparison, measures_row, measures_table, votes_table, write_report
 from svlm_jax.evaluation.watch import Record, Watch
 
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         print(*_estimate(args), sep="\n")
         return 0
     given, endpoint = sides(args), judge_endpoint(args)
+    if args.plots:
+        check(Path(args.plots))
     events = read_events(Path(args.events))
     prompt = read_prompt(args.judge_prompt, EVENT_PROMPT)
     folder = Path(args.out)
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             if not asked:
                 raise UserError("no event is in both sides' results, so there is nothing to judge: give results for these events")
             pairs = [Pair(event.name, event.reference, said["a"][event.key], said["b"][event.key]) for event in asked]
-            votes = vote(pairs, endpoint, prompt, folder, args.workers)
+            votes = vote(pairs, endpoint, prompt, folder, args.workers, args.price)
             judged = [Judged(event.name, event.video_id, {"sport": event.sport}, votes[event.name]) for event in asked]
             report |= {"judge": {"model": endpoint.model, "prompt": digest(prompt)}, "votes": comparison(judged)}
             lines += [*votes_table(report), ""]
@@ -121,4 +123,5 @@ def _estimate(args: argparse.Namespace) -> list[str]:
 
     texts = [(len(event.reference), length(event, "a"), length(event, "b")) for event in events]
     seconds = sum(event.end - event.begin for event in events)
-    return [f"{args.events}: {len(events):,} events", *cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)]
+    told = [f"{args.events}: {len(events):,} events", *cost.lines(seconds, rate, cost.judging(prompt, texts), args.price, checkpoints)]
+    return [*told, *(cost.as_measured(Path(args.out), 2 * len(texts), args.price) if args.out else [])]

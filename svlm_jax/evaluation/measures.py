@@ -76,7 +76,7 @@ class _Counts:
     """Sums that any parts of the stream can be added up from."""
 
     seconds: float = 0.0
-    words: int = 0
+    words: float = 0.0  # those of an item that lies in several parts are spread evenly over its time
     spoken: float = 0.0
     covered: int = 0
     wanted: int = 0
@@ -131,15 +131,26 @@ def _video(game: Game, segments: Sequence[Segment], result: Result, start: float
     def part(time: float) -> _Counts:
         return counts[min(bins - 1, max(0, int((time - start) / width)))]
 
-    for number, each in enumerate(counts):
-        each.seconds = max(0.0, min(stop, start + (number + 1) * width) - max(result.start, start + number * width))
+    def shares(begin: float, end: float) -> list[float]:
+        """Seconds of a stretch that lie in each part."""
+        begin, end = max(begin, start), min(end, stop)
+        edges = (start + number * width for number in range(bins))
+        return [max(0.0, min(end, edge + width) - max(begin, edge)) for edge in edges]
+
+    for span in result.spans():
+        for each, seconds in zip(counts, shares(*span), strict=True):
+            each.seconds += seconds
     spoken = [item for item in items if item.text]
     for item in spoken:
-        part(item.start).words += len(words(item.text))
+        said = shares(item.start, item.end)
+        if total := sum(said):
+            for each, seconds in zip(counts, said, strict=True):
+                each.words += len(words(item.text)) * (seconds / total)
+        else:
+            part(item.start).words += len(words(item.text))
     for begin, end in _union(spoken):
-        for number, each in enumerate(counts):
-            low, high = start + number * width, start + (number + 1) * width
-            each.spoken += max(0.0, min(end, high, stop) - max(begin, low, result.start))
+        for each, seconds in zip(counts, shares(max(begin, result.start), end), strict=True):
+            each.spoken += seconds
     _count_names(game, segments, result, spoken, start, part)
     _count_phrases(spoken, part)
     return counts

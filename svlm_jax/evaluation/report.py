@@ -93,6 +93,11 @@ def measures_row(measures: Measures) -> Row:
     return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in dataclasses.asdict(measures).items()}
 
 
+def _text(name: str) -> str:
+    """As a cell of a table."""
+    return " ".join(name.split()).replace("|", "\\|")
+
+
 def _cell(value: Any, percent: bool = False) -> str:
     if value is None:
         return "-"
@@ -124,7 +129,7 @@ def votes_table(report: Row) -> list[str]:
     for name, row in rows:
         low, high = row["wilson_95"]
         cells = [
-            name,
+            _text(name),
             _cell(row["pairs"]),
             f"{row['votes_a']:,} : {row['votes_b']:,}",
             _cell(row["win_rate_a"], True),
@@ -152,7 +157,7 @@ def measures_table(sides: Mapping[str, tuple[str, Row]]) -> list[str]:
     """Markdown: a line for each contestant."""
     lines = [f"| | {' | '.join(title for _, title, _ in COLUMNS)} |", f"|{' --- |' * (len(COLUMNS) + 1)}"]
     for name, row in sides.values():
-        lines.append(f"| {name} | {' | '.join(_cell(row[column], percent) for column, _, percent in COLUMNS)} |")
+        lines.append(f"| {_text(name)} | {' | '.join(_cell(row[column], percent) for column, _, percent in COLUMNS)} |")
     return lines
 
 
