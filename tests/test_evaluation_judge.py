@@ -205,7 +205,7 @@ def test_killed_at_random_points(files, tmp_path, undisturbed):
 
 def test_verdicts_read():
     def verdict(text, refused=False):
-        return read_verdict(Reply(text, refused, False, 0, 0))
+        return read_verdict(Reply(text, refused, 0, 0))
 
     for text in (
         "A",

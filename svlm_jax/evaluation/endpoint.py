@@ -30,7 +30,6 @@ class Reply(NamedTuple):
 
     text: str
     refused: bool  # the server says that the model would not, or was not allowed to
-    cut: bool  # at the server's limit of tokens
     prompt_tokens: int
     answer_tokens: int
 
@@ -144,7 +143,7 @@ def _read(data: bytes) -> Reply:
         text = "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in text if isinstance(part, str | dict))
     finish = choice.get("finish_reason")
     refused = bool(refusal) or finish == "content_filter"
-    return Reply(str(text or refusal or ""), refused, finish == "length", *tokens)
+    return Reply(str(text or refusal or ""), refused, *tokens)
 
 
 class Line:
