@@ -211,7 +211,8 @@ def test_no_place_is_left(server):
 
     async def refused():
         async with connect(f"{server.url.replace('http', 'ws')}/v1/realtime") as socket:
-            assert json.loads(await socket.recv())["error"]["type"] == "overloaded_error"
+            error = json.loads(await socket.recv())
+            assert error["error"]["type"] == "overloaded_error" and error["svlm"] == {"retry_after": int(answer.headers["retry-after"])}
             with pytest.raises(websockets.ConnectionClosed) as closed:
                 await socket.recv()
             assert closed.value.rcvd.code == 1013 and "places" in closed.value.rcvd.reason

@@ -31,6 +31,7 @@ STAMP = struct.Struct("!d")  # seconds of the machine's monotonic clock
 LENGTH = struct.Struct("!I")
 PICTURES = ("JPEG", "PNG", "WEBP")
 LATE, SETTLED = 1.0, 10.0  # seconds behind its own clock at which a live picture is dropped, and after which the clock is set anew
+LEAP = 5.0  # seconds ahead of its own clock, which was set forward then
 # Containers of one video alone. Play lists, which name other files and addresses, are for URLs that are allowed and live.
 FILE_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,h264,hevc,m4v,mpegvideo,gif,ivf,obu,dv,mxf,nut,y4m,yuv4mpegpipe"
 FILE_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FILE_FORMATS}
@@ -122,8 +123,10 @@ def live(out: BinaryIO, job: dict[str, Any]) -> None:
         began, behind_since, due = time.monotonic(), None, 0.0
         for shown in reader.frames(Fraction(0)):
             ahead = began + float(shown.start) - time.monotonic()
-            if ahead > 0:
-                time.sleep(min(ahead, 5.0))
+            if ahead > LEAP:
+                began -= ahead
+            elif ahead > 0:
+                time.sleep(ahead)
             elif ahead < -LATE:
                 now = time.monotonic()
                 behind_since = behind_since or now

@@ -47,7 +47,7 @@ class Realtime:
             session = await asyncio.to_thread(self.service.open, wish, socket.state.owner)
         except UserError as error:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-                await socket.send_text(json.dumps(wire.error(str(error), kind=getattr(error, "kind", "invalid_request_error"))))
+                await socket.send_text(json.dumps(wire.error(error)))
                 await socket.close(getattr(error, "close", 1008), str(error)[:120])
             return
         await Connection(self.service, socket, session).run()
@@ -167,11 +167,11 @@ class Connection:
                     about = data.get("event_id") if isinstance(data.get("event_id"), str) else None
                     await self._event(data, about)
             except (TooLarge, TooFast) as error:
-                await self._send(wire.error(str(error), kind=error.kind, about=about))
+                await self._send(wire.error(error, about))
                 raise
             except UserError as error:
                 self._mistakes += 1
-                await self._send(wire.error(str(error), kind=getattr(error, "kind", "invalid_request_error"), about=about))
+                await self._send(wire.error(error, about))
                 if self._mistakes >= MISTAKES:
                     raise Refused("too many mistakes") from None
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import math
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from svlm_jax.config import StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
 from svlm_jax.errors import UserError
 from svlm_jax.programs import Programs, check_memory, device_bytes, tree_bytes
+from svlm_jax.serving.clocks import Moment
 from svlm_jax.serving.events import Journal
 from svlm_jax.serving.limits import Limits, Refused
 from svlm_jax.serving.metrics import Metrics
@@ -283,7 +283,7 @@ class Service:
         begin = float(about["position"])
         session.expected = begin
         if about["live"]:  # the time in between has passed for the camera too
-            away = max(0.0, time.time() - about["time"])
+            away = data.taken.until(Moment.now())
             begin += math.floor(away / self.shape.chunk_seconds) * self.shape.chunk_seconds
             session.skip_reason = "moved"
         self.sessions.admit(session, lambda: self._source(session, begin), live=about["live"])
