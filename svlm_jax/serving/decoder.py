@@ -4,7 +4,7 @@
 
 Messages are a kind, the length of what follows, and that: `I` JSON about the source, `R` a round, `F` a picture, `E` what went wrong,
 `D` the end. In mode "pictures" it says `I` once it is there, is sent pictures, each with its length before it, and answers each with
-`F` or `E`.
+`F` or `E`. Mode "peer" is `svlm_jax.serving.peer`.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def send(out: BinaryIO, kind: bytes, *parts: bytes | memoryview) -> None:
     out.flush()
 
 
-def _bytes(frames: np.ndarray) -> memoryview:
+def pixel_bytes(frames: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(frames).reshape(-1).data)
 
 
@@ -109,7 +109,7 @@ def rounds(out: BinaryIO, job: dict[str, Any]) -> None:
     how = {name: job[name] for name in ("fps", "chunk_seconds", "start", "duration")}
     for item in read_rounds(job["source"], size=inner, options=container_options(job["source"]), **how):
         frames = np.stack([fit(frame, size) for frame in item.frames]).transpose(0, 3, 1, 2)
-        send(out, b"R", ROUND.pack(item.index, item.start, item.end, item.broken), _bytes(frames))
+        send(out, b"R", ROUND.pack(item.index, item.start, item.end, item.broken), pixel_bytes(frames))
 
 
 def live(out: BinaryIO, job: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def live(out: BinaryIO, job: dict[str, Any]) -> None:
             if now >= due:
                 due = max(due + period / 2, now)  # twice the rate that is looked at: the newest is never old
                 frame = fit(np.rot90(shown.picture.to_ndarray(format="rgb24"), round(shown.picture.rotation / 90)), size)
-                send(out, b"F", STAMP.pack(now), _bytes(frame.transpose(2, 0, 1)))
+                send(out, b"F", STAMP.pack(now), pixel_bytes(frame.transpose(2, 0, 1)))
 
 
 def pictures(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
@@ -152,7 +152,7 @@ def pictures(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
         except UserError as error:
             send(out, b"E", str(error).encode())
         else:
-            send(out, b"F", STAMP.pack(time.monotonic()), _bytes(frame.transpose(2, 0, 1)))
+            send(out, b"F", STAMP.pack(time.monotonic()), pixel_bytes(frame.transpose(2, 0, 1)))
 
 
 def visual(out: BinaryIO, job: dict[str, Any]) -> None:
@@ -177,7 +177,14 @@ def visual(out: BinaryIO, job: dict[str, Any]) -> None:
         if len(frames) > job["most_frames"]:
             raise UserError(f"the clip is longer than {seconds:g} s, which is the most in a chat: cut it, or start a stream")
     send(out, b"I", json.dumps({"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": rate}).encode())
-    send(out, b"F", STAMP.pack(time.monotonic()), _bytes(frames.transpose(0, 3, 1, 2)))
+    send(out, b"F", STAMP.pack(time.monotonic()), pixel_bytes(frames.transpose(0, 3, 1, 2)))
+
+
+def meet(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
+    """A camera over WebRTC."""
+    from svlm_jax.serving.peer import peer
+
+    peer(out, job, source)
 
 
 def confine(memory: int) -> None:
@@ -201,6 +208,7 @@ def main() -> None:
         "live": lambda: live(out, job),
         "pictures": lambda: pictures(out, job, source),
         "visual": lambda: visual(out, job),
+        "peer": lambda: meet(out, job, source),
     }
     try:
         try:

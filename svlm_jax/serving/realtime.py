@@ -21,13 +21,13 @@ from svlm_jax.serving.events import Event
 from svlm_jax.serving.guard import KEY_PROTOCOL, parse_json
 from svlm_jax.serving.limits import Refused, TooFast, TooLarge
 from svlm_jax.serving.pushing import push, pushable
-from svlm_jax.serving.service import Service
+from svlm_jax.serving.service import Service, wish_of
 from svlm_jax.serving.sessions import Session
 
 HEAD = struct.Struct("!BQ")  # kind, microseconds
 PICTURE, LAST, FLUSH = 1, 2, 3
 MISTAKES = 20  # of a client, after which its connection is closed
-SETTINGS = {"clock", "query", "previous_text", "seed", "name", "resume"}  # of the address, all texts but the seed
+SETTINGS = {"clock", "query", "previous_text", "seed", "name", "resume"}  # of the address
 CLOSING = {"finished": 1000, "deleted": 1000, "drain": 1001, "stopped": 1001}  # why the stream ended: how the socket closes; else 1011
 
 
@@ -41,9 +41,7 @@ class Realtime:
         offered = socket.scope.get("subprotocols", [])
         await socket.accept(next((name for name in offered if not name.startswith(KEY_PROTOCOL)), None))
         try:
-            wish: dict[str, Any] = {name: value for name, value in socket.query_params.items() if name in SETTINGS}
-            if "seed" in wish:
-                wish["seed"] = int(wish["seed"]) if wish["seed"].lstrip("-").isdecimal() else wish["seed"]
+            wish = wish_of(socket.query_params, SETTINGS)
             session = await asyncio.to_thread(self.service.open, wish, socket.state.owner)
         except UserError as error:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from svlm_jax.serving.events import Journal
 from svlm_jax.serving.limits import Limits, Refused
 from svlm_jax.serving.metrics import Metrics
 from svlm_jax.serving.origins import Allowed, is_live, is_url, shown
-from svlm_jax.serving.pushed import LiveSource, PushedSource
+from svlm_jax.serving.pushed import LiveSource, PeerSource, PushedSource
 from svlm_jax.serving.scheduler import Scheduler
 from svlm_jax.serving.sessions import Session, Sessions, Wish, check_text, log, new_id
 from svlm_jax.serving.snapshots import Shelf, Snapshot, capture, decode, encode, fingerprint
@@ -127,13 +127,16 @@ class Service:
 
     # Streams
 
-    def open(self, wish: dict[str, Any], owner: str) -> Session:
-        """Starts a stream as a client's JSON has it. Blocks (a name may be looked up). Raises Refused or UserError."""
+    def open(self, wish: dict[str, Any], owner: str, offer: bytes = b"") -> Session:
+        """Starts a stream as a client's JSON has it. Blocks (a name may be looked up). Raises Refused or UserError.
+
+        `offer` is of a camera over WebRTC, which is the source then.
+        """
         unknown = sorted(set(wish) - {"source", "clock", "pace", "query", "previous_text", "seed", "start", "duration", "name", "resume"})
         if unknown:
             raise Refused(f"there is no setting {unknown[0][:40]!r} of a stream")
         if "resume" in wish:
-            return self.resume(check_text(wish["resume"], "resume", 64), owner)
+            return self.resume(check_text(wish["resume"], "resume", 64), owner, offer)
         settings = self._wish(wish)
         source = check_text(wish.get("source", "push"), "source", 2000)
         start, duration = _seconds(wish, "start") or 0.0, _seconds(wish, "duration")
@@ -143,7 +146,9 @@ class Service:
         origin: dict[str, Any] = {"source": source, "start": start, "pace": pace}
         if duration is not None:
             origin["end"] = start + duration
-        if source == "push":
+        if offer:
+            kind, live = "webrtc", True
+        elif source == "push":
             kind, live = "push", clock != "file"
         elif source == "sample":
             kind, live = "file", False
@@ -161,7 +166,7 @@ class Service:
         session = Session(new_id(), settings, Journal(self.limits.history), owner=owner, kind=kind, name=name)
         session.origin = origin
         session.expected = start if live else None
-        self.sessions.admit(session, lambda: self._source(session, start), live=live)
+        self.sessions.admit(session, lambda: self._source(session, start, offer), live=live)
         return session
 
     def _wish(self, wish: dict[str, Any]) -> Wish:
@@ -197,11 +202,13 @@ class Service:
         session.ask(question, self.limits)
         self._wake()
 
-    def _source(self, session: Session, begin: float) -> Source:
+    def _source(self, session: Session, begin: float, offer: bytes) -> Source:
         """Opens a session's video from second `begin` of the stream on."""
         assert self.scheduler is not None
         origin, grid = session.origin, self.scheduler.samples
         name = origin["source"]
+        if session.kind == "webrtc":
+            return PeerSource(offer, self.shape, self.limits, self._wake, grid=grid, start=begin)
         if name == "push":
             return PushedSource(self.shape, self.limits, self._wake, live=origin["live"], grid=grid, start=begin)
         if name != "sample" and not is_url(name):
@@ -265,7 +272,7 @@ class Service:
         """The most that a snapshot of this server can have."""
         return tree_bytes(self.scheduler.engine.state) // self.config.places + 512 * self.limits.history + (1 << 20) if self.scheduler else 0
 
-    def resume(self, id: str, owner: str) -> Session:
+    def resume(self, id: str, owner: str, offer: bytes = b"") -> Session:
         """Goes on with a stream from its snapshot: the same words as if it had never stopped. Blocks. Raises Refused."""
         if self.shelf is None:
             raise Refused("this server keeps no snapshots: start it with --state FOLDER", status=409)
@@ -273,6 +280,8 @@ class Service:
         about, last = data.about, data.last
         if about["owner"] != owner:
             raise Refused(f"there is no snapshot of {id}", status=404)
+        if (about["kind"] == "webrtc") != bool(offer):
+            raise Refused("a stream over WebRTC, and no other, goes on with an offer to /v1/whip?resume=ID", status=409)
         journal = Journal(self.limits.history, earlier=[event for event in data.events if event.type != "end"], first=last + 1)
         session = Session(data.id, data.wish, journal, owner=owner, kind=about["kind"], name=about["name"])
         session.origin, session.saved, session.position = about["origin"], data.saved, about["position"]
@@ -286,7 +295,7 @@ class Service:
             away = data.taken.until(Moment.now())
             begin += math.floor(away / self.shape.chunk_seconds) * self.shape.chunk_seconds
             session.skip_reason = "moved"
-        self.sessions.admit(session, lambda: self._source(session, begin), live=about["live"])
+        self.sessions.admit(session, lambda: self._source(session, begin, offer), live=about["live"])
         session.journal.publish("state", state="resumed", position=about["position"])
         return session
 
@@ -322,6 +331,14 @@ class Service:
                         kept[session.id] = session.rounds
                     except UserError as error:
                         log("stream.snapshot_failed", stream=session.id, message=str(error))
+
+
+def wish_of(params: Mapping[str, str], settings: Container[str]) -> dict[str, Any]:
+    """A stream's settings from an address, where all are texts but the seed."""
+    wish: dict[str, Any] = {name: value for name, value in params.items() if name in settings}
+    if "seed" in wish:
+        wish["seed"] = int(wish["seed"]) if wish["seed"].lstrip("-").isdecimal() else wish["seed"]
+    return wish
 
 
 def weights_stamp(folder: Path) -> str:
