@@ -452,7 +452,19 @@ def test_a_stream_that_would_miss_its_deadlines_is_refused():
     with pytest.raises(Full, match=r"a round takes 0\.97 s here and there is one every 1 s"):
         admit("b", True)
     admit("b", False)
-    now[0] = 100.0  # long ago: the best time counts
+    now[0] = 100.0
+    scheduler._trial = lambda: 0.3  # nothing runs: measured again for whoever asks next, who is let in a minute later at most
+    assert scheduler._wait() == ()
+    for seconds in (0.98, 0.99):  # the worst ones that are remembered
+        scheduler.measure(seconds)
+    assert scheduler.round_seconds() == 0.99
+    with pytest.raises(Full, match=r"a round takes 0\.99 s"):
+        admit("b2", True)
+    now[0] = 159.0
+    assert scheduler._wait() == ()
+    now[0] = 161.0
+    assert scheduler.round_seconds() == 0.3
+    now[0] = 300.0  # long ago: the best time counts
     admit("c", True)
     sessions.draining = True
     with pytest.raises(Full, match="about to stop"):
