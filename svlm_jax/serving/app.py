@@ -270,7 +270,8 @@ class Routes:
 
 
 def caption(event: Event) -> Caption:
-    return Caption(float(event.data["start"]), float(event.data["end"]), event.data["text"])
+    data = event.data
+    return Caption(float(data["start"]), float(data["end"]), data["text"])
 
 
 def _time(text: str | None) -> float | None:

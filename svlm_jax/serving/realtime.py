@@ -135,16 +135,17 @@ class Connection:
     def _translate(self, event: Event) -> list[wire.Json]:
         if not event.caption:
             return [wire.event("svlm", svlm=event.data)]
-        start = event.data["start"]
+        data = event.data
+        start = data["start"]
         if self._cancelled is not None and abs(self._cancelled - start) < 1e-3:
             self._cancelled = None
             return []
         response, self._response = self._response or wire.Response(start), None
-        extras = {"type": event.type, "start": start, "end": event.data["end"]}
+        extras = {"type": event.type, "start": start, "end": data["end"]}
         if event.type == "silence":
             return response.silent(extras)
-        tokens = len(self.service.checkpoint.tokenizer.encode_plain(event.data["text"]))
-        return response.finish(event.data["text"], tokens, extras)
+        tokens = len(self.service.checkpoint.tokenizer.encode_plain(data["text"]))
+        return response.finish(data["text"], tokens, extras)
 
     # Up
 

@@ -82,6 +82,7 @@ class Service:
         stamp = self.checkpoint.weights
         self._print = fingerprint(self.spec, f"{self.checkpoint.nbytes} {self.checkpoint.dtype} {weights_stamp(stamp)}")
         self._stopping: Callable[[], object] = lambda: None
+        self._thread: threading.Thread | None = None
 
     def _wake(self) -> None:
         if self.scheduler is not None:
@@ -99,7 +100,14 @@ class Service:
     def start(self, stopping: Callable[[], object]) -> None:
         """Loads, compiles and then runs rounds, all in the device's thread. `stopping` is called there when that ends by itself."""
         self._stopping = stopping
-        threading.Thread(target=self._run, name="device", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self._thread.start()
+
+    def rests(self, seconds: float) -> bool:
+        """Whether the device's thread ends, or has ended, within that time. Blocks."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

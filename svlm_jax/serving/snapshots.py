@@ -117,7 +117,7 @@ def decode(data: bytes, spec: StreamSpec, dtype: Any, print_: str) -> Snapshot:
         header = json.loads(body)
         row = StreamHost.from_json(header["host"])
         saved = SavedStream(jax.tree.unflatten(tree, leaves), row, arrays["key"], int(header["round"]))
-        events, taken = tuple(Event(id, data) for id, data in header["events"]), header["taken"]
+        events, taken = tuple(Event.of(id, data) for id, data in header["events"]), header["taken"]
         moment = Moment(float(taken["wall"]), float(taken["up"]), str(taken["boot"]))
         return Snapshot(header["id"], Wish(**header["wish"]), saved, header["about"], events, int(header["last"]), moment)
     except (KeyError, TypeError, ValueError):
