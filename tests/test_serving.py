@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -211,7 +212,8 @@ def test_no_place_is_left(server):
 
     async def refused():
         async with connect(f"{server.url.replace('http', 'ws')}/v1/realtime") as socket:
-            assert json.loads(await socket.recv())["error"]["type"] == "overloaded_error"
+            error = json.loads(await socket.recv())
+            assert error["error"]["type"] == "overloaded_error" and error["svlm"] == {"retry_after": int(answer.headers["retry-after"])}
             with pytest.raises(websockets.ConnectionClosed) as closed:
                 await socket.recv()
             assert closed.value.rcvd.code == 1013 and "places" in closed.value.rcvd.reason
@@ -407,6 +409,65 @@ def test_openais_own_client_talks_to_it(server):
 
     first = server.captions(play(server, 7, 1))[0]
     assert asyncio.run(talk()) == first["text"]
+
+
+# WebRTC
+
+
+def offered(server: Server, offer: str, kind: str = "application/sdp", **query) -> httpx.Response:
+    return server.http.post("/v1/whip", content=offer, headers={"Content-Type": kind}, params=query)
+
+
+def test_offers_of_cameras_that_are_refused(server):
+    if importlib.util.find_spec("aiortc") is None:
+        answer = offered(server, "v=0")
+        assert answer.status_code == 501 and "pip install 'svlm-jax[webrtc]'" in answer.json()["error"]["message"]
+        return
+    assert offered(server, "{}", "application/json").status_code == 415
+    assert offered(server, "v" * 100_000).status_code == 413
+    assert offered(server, "").status_code == 400
+    assert offered(server, "v=0", seed="x").status_code == 400
+    answer = offered(server, "v=0")
+    assert answer.status_code == 400 and "offer" in answer.json()["error"]["message"]
+    assert offered(server, "v=0", resume="strm_0000000000000000").status_code == 404
+
+
+def test_a_camera_over_webrtc(server):
+    """An offer in, an answer out: a live stream as any other, kept and gone on with by another offer; it ends with its deletion."""
+    pytest.importorskip("aiortc", reason="aiortc is not installed: pip install 'svlm-jax[webrtc]'")
+    from camera import film
+
+    server.http.delete(f"/v1/streams/{server.open(source='push')}")  # a live stream is admitted
+    at: list[str] = []
+
+    def answer(offer: str, **query) -> str:
+        told = offered(server, offer, **query)
+        assert told.status_code == 201 and told.headers["content-type"] == "application/sdp", told.text
+        at.append(told.headers["location"])
+        return told.text
+
+    def seen(rounds: int) -> bool:
+        return server.http.get(at[-1]).json()["rounds"] >= rounds
+
+    assert film(lambda offer: answer(offer, name="phone"), lambda: seen(2)) == "connected"
+    id = at[0].rpartition("/")[2]
+    assert server.wait_for("stream.ended", stream=id)["reason"] == "finished"
+    assert server.wait_for("stream.started", stream=id)["source"] == "webrtc"
+
+    def kept_and_deleted() -> bool:
+        if not seen(1):
+            return False
+        assert server.push(at[-1].rpartition("/")[2], picture(0)).status_code == 409
+        assert server.http.post(f"{at[-1]}/snapshot").status_code == 201
+        assert server.http.delete(at[-1]).json()["state"] == "ended"
+        return True
+
+    film(answer, kept_and_deleted)
+    id = at[-1].rpartition("/")[2]
+    assert server.http.post("/v1/streams", json={"resume": id}).status_code == 409
+    before = server.status(id)["rounds"]
+    film(lambda offer: answer(offer, resume=id), lambda: seen(before + 1))
+    assert at[-1] == at[-2] and server.wait_for("stream.ended", stream=id, reason="finished")
 
 
 # Chats and measurements

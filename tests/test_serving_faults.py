@@ -4,13 +4,18 @@
 """
 
 import asyncio
+import calendar
+import itertools
 import json
 import os
 import random
+import resource
 import socket
 import string
 import struct
+import sys
 import threading
+import time
 from pathlib import Path
 
 import av
@@ -32,11 +37,51 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("media")
 
 
+# Read by the server's Python as it starts: a wall clock that is set by writing to a file
+WALL_CLOCK = """
+import os, time
+real, real_gmtime = time.time, time.gmtime
+
+def now():
+    with open(os.environ["WALL_CLOCK"]) as file:
+        return real() + float(file.read())
+
+time.time, time.time_ns = now, lambda: round(now() * 1e9)
+time.gmtime = lambda seconds=None: real_gmtime(now() if seconds is None else seconds)
+"""
+
+
+class WallClock:
+    """The server's wall clock, and nothing else of its machine."""
+
+    def __init__(self, folder: Path):
+        (folder / "sitecustomize.py").write_text(WALL_CLOCK)
+        self.file = folder / "seconds"
+        self.environment = {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "WALL_CLOCK": str(self.file)}
+        self.set(0)
+
+    def set(self, hours: float) -> None:
+        draft = self.file.with_suffix(".part")
+        draft.write_text(str(3600 * hours))
+        draft.replace(self.file)
+
+
 @pytest.fixture(scope="module")
-def server(folder):
+def wall_clock(tmp_path_factory):
+    return WallClock(tmp_path_factory.mktemp("clock"))
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def server(folder, state, wall_clock):
     # In float32 no token hangs on the order of sums, which is another one when a stream leaves its row for a round
     in_a_hurry = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # to compile
-    server = Server("--streams", "3", "--dtype", "float32", "--allow-files", str(folder), env=in_a_hurry)
+    flags = ["--streams", "3", "--dtype", "float32", "--allow-files", str(folder), "--state", str(state)]
+    server = Server(*flags, env=in_a_hurry | wall_clock.environment)
     try:
         yield server.ready()
     finally:
@@ -254,26 +299,110 @@ def test_malformed_messages(server):
 @pytest.mark.parametrize("kind", ["websocket", "http"])
 def test_a_client_that_vanishes_in_the_middle_of_a_frame(server, kind):
     address = httpx.URL(server.url)
-    with Witness(server):
+    with Witness(server) as witness:
         with socket.create_connection((address.host, address.port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves without a word
             if kind == "websocket":
                 client.sendall(
-                    b"GET /v1/realtime?name=vanished&clock=file HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                    b"GET /v1/realtime?name=vanished&clock=file&seed=5 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
                 )
                 assert b"101" in client.recv(100)
                 started = server.wait_for("stream.started", name="vanished")
-                client.sendall(bytes([0x82, 0xFF]) + (100_000).to_bytes(8, "big") + bytes(4) + bytes(50_000))  # half a masked message
+                for index in range(5):
+                    message = bytes([1]) + (500_000 * index).to_bytes(8, "big") + picture(index)
+                    client.sendall(masked(len(message)) + message)
+                wait_for_rounds(server, started["stream"], 2)
+                client.sendall(masked(100_000) + bytes(50_000))  # half a message
             else:
                 started = {"stream": server.open(source="push", clock="file", name="vanished")}
                 path = f"/v1/streams/{started['stream']}/frames"
                 client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n".encode() + bytes(50_000))
         if kind == "websocket":
-            assert server.wait_for("stream.ended", stream=started["stream"])["reason"] == "left"
+            id = started["stream"]
+            assert server.wait_for("stream.ended", stream=id)["reason"] == "left"
+            assert list(server.events(id))[-1][2]["resume"] == id
+            assert server.open(resume=id) == id  # nothing that was told is lost, and what comes now is as if nothing had happened
+            for index in (4, 5):
+                server.push(id, picture(index))
+            server.push(id, last=1)
+            assert server.captions(id) == witness.alone[:3]
         else:
             assert server.status(started["stream"])["state"] == "running"
             server.http.delete(f"/v1/streams/{started['stream']}")
+
+
+def wait_for_rounds(server: Server, id: str, count: int) -> None:
+    """By the file's clock a round is made once a frame after its last sample is there."""
+    end = time.monotonic() + 90
+    while server.status(id)["rounds"] < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def masked(size: int) -> bytes:
+    """The head of a binary WebSocket message from a client, under a mask that changes nothing."""
+    return bytes([0x82, 0xFF]) + size.to_bytes(8, "big") + bytes(4)
+
+
+# Clocks and disks
+
+
+def test_a_wall_clock_that_jumps(server, wall_clock):
+    """By hours, forward and back, under a live stream that is kept and resumed meanwhile: its own time goes on, and nothing is refused."""
+    id = server.open(source="push", name="camera")
+
+    def send(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert server.push(id, picture(0)).status_code == 202
+            time.sleep(0.1)
+
+    with Witness(server):
+        began = time.monotonic()
+        send(1.2)
+        for hours in (5, -9, 0):
+            wall_clock.set(hours)
+            send(1.2)
+            assert server.http.post(f"/v1/streams/{id}/snapshot").status_code == 201
+            server.http.delete(f"/v1/streams/{id}")
+            wall_clock.set(-hours)
+            assert server.open(resume=id) == id
+        send(1.2)
+        status = server.http.delete(f"/v1/streams/{id}").json()
+        took = time.monotonic() - began
+    assert 4 <= status["position"] <= took + 2 and status["rounds"] >= 4  # by the clock of all deadlines
+    told = [data for _, _, data in server.events(id) if data["type"] in ("segment", "silence", "gap")]
+    assert all(before["end"] == after["start"] for before, after in itertools.pairwise(told))
+    assert {data["reason"] for data in told if data["type"] == "gap"} <= {"late", "busy", "moved"}
+    stamps = [calendar.timegm(time.strptime(line["time"], "%Y-%m-%dT%H:%M:%SZ")) for line in server.lines]
+    assert max(stamps) - min(stamps) > 13 * 3600  # it did jump
+
+
+def test_a_disk_that_fills_up_and_is_emptied(server, state):
+    """Full for real, by a limit on the size of the files that the server writes: the stream goes on, and its last snapshot stays."""
+    limit = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    with Witness(server) as witness:
+        id = server.open(source="push", clock="file", seed=5)
+        for index in range(5):
+            server.push(id, picture(index))
+        wait_for_rounds(server, id, 2)
+        assert server.http.post(f"/v1/streams/{id}/snapshot").status_code == 201
+        kept = (state / f"{id}.svlm").read_bytes()
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            server.push(id, picture(5))
+            server.push(id, picture(6))
+            wait_for_rounds(server, id, 3)
+            answer = server.http.post(f"/v1/streams/{id}/snapshot")
+            assert answer.status_code == 507 and "File too large" in answer.json()["error"]["message"]
+        finally:
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limit)
+        assert (state / f"{id}.svlm").read_bytes() == kept and not list(state.glob(".*"))
+        assert server.http.post(f"/v1/streams/{id}/snapshot").status_code == 201
+        server.http.delete(f"/v1/streams/{id}")
+        assert server.captions(id) == witness.alone[:3]
+    assert 'svlm_snapshots_total{result="failed"} 1.0' in server.http.get("/metrics").text
 
 
 # Media

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import http.server
+import io
 import math
 import os
 import socket
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 
+import av
 import httpx
 import numpy as np
 import pytest
@@ -26,6 +29,8 @@ from svlm_jax.api import sample_clip
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.video import read_rounds
 from svlm_jax.errors import UserError
+from svlm_jax.serving.child import Decoder
+from svlm_jax.serving.clocks import Moment
 from svlm_jax.serving.decoder import fit
 from svlm_jax.serving.events import Journal
 from svlm_jax.serving.guard import Guard
@@ -35,7 +40,7 @@ from svlm_jax.serving.origins import Allowed, shown
 from svlm_jax.serving.pushed import LiveSource, PushedSource
 from svlm_jax.serving.scheduler import Scheduler
 from svlm_jax.serving.server import listen
-from svlm_jax.serving.sessions import Session, Sessions, Wish
+from svlm_jax.serving.sessions import Session, Sessions, Wish, log
 from svlm_jax.serving.snapshots import Shelf
 from svlm_jax.serving.sources import FileSource, Grid, Shape
 from svlm_jax.serving.sse import EventStream
@@ -236,6 +241,27 @@ def test_a_live_source_is_opened_again(web):
         gone.close()
 
 
+def test_a_live_source_whose_clock_is_set_goes_on(tmp_path):
+    """An hour forward: its pictures are not held up."""
+    path = tmp_path / "set.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 56, 28, "yuvj420p"
+        for index in range(20):
+            picture = av.VideoFrame.from_ndarray(np.full((28, 56, 3), 8 * index, np.uint8), format="rgb24").reformat(format="yuvj420p")
+            for packet in stream.encode(picture):
+                packet.pts = packet.dts = 100 * index + (3_600_000 if index >= 10 else 0)
+                packet.time_base = Fraction(1, 1000)
+                out.mux(packet)
+    decoder = Decoder(mode="live", source=str(path), fps=10.0, memory=Limits().decoder_bytes, **SHAPE.size)
+    try:
+        shown = [(time.monotonic(), payload[-1]) for kind, payload in decoder.messages() if kind == b"F"]
+    finally:
+        decoder.close()
+    assert sum(value < 76 for _, value in shown) >= 7 and sum(value > 76 for _, value in shown) >= 7
+    assert shown[-1][0] - shown[0][0] < 20  # each of the ten would wait for 5 s and more
+
+
 def test_other_shapes_get_black_sides():
     white = np.full((100, 100, 3), 255, np.uint8)
     out = fit(white, (56, 112))
@@ -341,7 +367,18 @@ def test_a_listener_that_takes_nothing_is_left_and_one_that_missed_some_is_told(
     assert text.index("events") < text.index("id: 3\ndata") < text.index("id: 4\ndata") < text.index("id: 5\nevent: end")
 
 
-# Keys, places, addresses, disks
+# Clocks, keys, places, addresses, disks
+
+
+def test_time_since_a_snapshot_is_that_of_the_machine_where_it_is_the_same():
+    taken = Moment(wall=1000.0, up=50.0, boot="a")
+    assert taken.until(Moment(90_000.0, 53.0, "a")) == taken.until(Moment(-90_000.0, 53.0, "a")) == 3.0
+    assert taken.until(Moment(1007.0, 53.0, "b")) == 7.0  # another machine, or started again
+    assert taken.until(Moment(900.0, 53.0, "b")) == taken.until(Moment(math.nan, 53.0, "b")) == 0.0
+    assert Moment(1000.0, 0.0, "").until(Moment(1002.0, 0.0, "")) == 2.0  # a system that tells no more
+    first = Moment.now()
+    time.sleep(0.02)
+    assert 0.01 < first.until(Moment.now()) < 5
 
 
 def test_keys_are_needed_where_there_are_some():
@@ -415,13 +452,36 @@ def test_a_stream_that_would_miss_its_deadlines_is_refused():
     with pytest.raises(Full, match=r"a round takes 0\.97 s here and there is one every 1 s"):
         admit("b", True)
     admit("b", False)
-    now[0] = 100.0  # long ago: the best time counts
+    now[0] = 100.0
+    scheduler._trial = lambda: 0.3  # nothing runs: measured again for whoever asks next, who is let in a minute later at most
+    assert scheduler._wait() == ()
+    for seconds in (0.98, 0.99):  # the worst ones that are remembered
+        scheduler.measure(seconds)
+    assert scheduler.round_seconds() == 0.99
+    with pytest.raises(Full, match=r"a round takes 0\.99 s"):
+        admit("b2", True)
+    now[0] = 159.0
+    assert scheduler._wait() == ()
+    now[0] = 161.0
+    assert scheduler.round_seconds() == 0.3
+    now[0] = 300.0  # long ago: the best time counts
     admit("c", True)
     sessions.draining = True
     with pytest.raises(Full, match="about to stop"):
         admit("d", False)
     for session in sessions.all():
         sessions.end(session, "deleted")
+
+
+def test_a_log_that_nobody_reads_is_no_failure(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    pipe = io.FileIO(writing, "w")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=True))
+    with pytest.raises(BrokenPipeError):
+        sys.stdout.write("x")
+    log("server.draining")
+    pipe.close()
 
 
 def test_addresses_that_cannot_be_listened_on():
@@ -457,6 +517,12 @@ def test_a_full_disk_keeps_the_snapshot_that_was_there(tmp_path):
     for index in (1, 2):  # the oldest goes
         shelf.write(f"strm_000000000000000{index}", b"x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["strm_0000000000000001.svlm", "strm_0000000000000002.svlm"]
+    future = time.time() + 7200
+    os.utime(shelf.path("strm_0000000000000002"), (future, future))
+    shelf.write("strm_0000000000000003", b"x")  # the clock was set back by two hours: this one is the newest all the same
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["strm_0000000000000002.svlm", "strm_0000000000000003.svlm"]
+    shelf.write("strm_0000000000000004", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["strm_0000000000000003.svlm", "strm_0000000000000004.svlm"]
     for id in ("../x", "strm_0123", "strm_0123456789abcdef/.."):
         with pytest.raises(Refused):
             shelf.read(id)

@@ -31,6 +31,7 @@ from svlm_jax.serving.realtime import Realtime
 from svlm_jax.serving.service import Service
 from svlm_jax.serving.sessions import Session, log
 from svlm_jax.serving.sse import EventStream
+from svlm_jax.serving.whip import Whip
 
 PAGE = Path(__file__).parent / "page"
 MEDIA = {"vtt": "text/vtt", "srt": "application/x-subrip", "jsonl": "application/x-ndjson"}
@@ -41,7 +42,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 def make_app(service: Service, *, host: str = "127.0.0.1") -> Starlette:
     """The application of a service; `host` is the name that it is bound to."""
     routes = Routes(service)
-    chat, realtime = Chat(service), Realtime(service)
+    chat, realtime, whip = Chat(service), Realtime(service), Whip(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -76,6 +77,7 @@ def make_app(service: Service, *, host: str = "127.0.0.1") -> Starlette:
         route(f"{stream}/captions", routes.captions),
         *(route(f"{stream}/captions.{suffix}", functools.partial(routes.download, suffix)) for suffix in MEDIA),
         WebSocketRoute("/v1/realtime", realtime.serve),
+        route("/v1/whip", whip.offer, "POST"),
         route("/", routes.page),
         route("/sample.mp4", routes.sample),
         route("/page/{name}", routes.page_file),
@@ -268,7 +270,8 @@ class Routes:
 
 
 def caption(event: Event) -> Caption:
-    return Caption(float(event.data["start"]), float(event.data["end"]), event.data["text"])
+    data = event.data
+    return Caption(float(data["start"]), float(data["end"]), data["text"])
 
 
 def _time(text: str | None) -> float | None:

@@ -48,6 +48,22 @@ class Decoder:
             if kind == b"E":
                 return
 
+    def send(self, data: bytes) -> None:
+        """A picture, or an offer, with its length before it. OSError or ValueError where the process is gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(LENGTH.pack(len(data)))
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
+    def leave(self, seconds: float) -> None:
+        """Closes its input, for it to end by itself, and kills it after that time."""
+        with contextlib.suppress(OSError, ValueError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        timer = threading.Timer(seconds, self.close)
+        timer.daemon = True
+        timer.start()
+
     def picture(self, data: bytes, seconds: float) -> bytes:
         """The pixels of one picture. UserError for one that cannot be read, or not in that time; the process may be dead then."""
         if not self._up:  # how long a process takes to start says nothing of the picture
@@ -56,10 +72,7 @@ class Decoder:
             self._up = True
         try:
             with self._within(seconds):
-                assert self._process.stdin is not None
-                self._process.stdin.write(LENGTH.pack(len(data)))
-                self._process.stdin.write(data)
-                self._process.stdin.flush()
+                self.send(data)
                 kind, payload = self._read()
         except (BrokenPipeError, ValueError):
             raise UserError("a picture could not be decoded: its decoder ended") from None

@@ -4,7 +4,7 @@
 
 Messages are a kind, the length of what follows, and that: `I` JSON about the source, `R` a round, `F` a picture, `E` what went wrong,
 `D` the end. In mode "pictures" it says `I` once it is there, is sent pictures, each with its length before it, and answers each with
-`F` or `E`.
+`F` or `E`. Mode "peer" is `svlm_jax.serving.peer`.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ STAMP = struct.Struct("!d")  # seconds of the machine's monotonic clock
 LENGTH = struct.Struct("!I")
 PICTURES = ("JPEG", "PNG", "WEBP")
 LATE, SETTLED = 1.0, 10.0  # seconds behind its own clock at which a live picture is dropped, and after which the clock is set anew
+LEAP = 5.0  # seconds ahead of its own clock, which was set forward then
 # Containers of one video alone. Play lists, which name other files and addresses, are for URLs that are allowed and live.
 FILE_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,h264,hevc,m4v,mpegvideo,gif,ivf,obu,dv,mxf,nut,y4m,yuv4mpegpipe"
 FILE_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FILE_FORMATS}
@@ -94,7 +95,7 @@ def send(out: BinaryIO, kind: bytes, *parts: bytes | memoryview) -> None:
     out.flush()
 
 
-def _bytes(frames: np.ndarray) -> memoryview:
+def pixel_bytes(frames: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(frames).reshape(-1).data)
 
 
@@ -108,7 +109,7 @@ def rounds(out: BinaryIO, job: dict[str, Any]) -> None:
     how = {name: job[name] for name in ("fps", "chunk_seconds", "start", "duration")}
     for item in read_rounds(job["source"], size=inner, options=container_options(job["source"]), **how):
         frames = np.stack([fit(frame, size) for frame in item.frames]).transpose(0, 3, 1, 2)
-        send(out, b"R", ROUND.pack(item.index, item.start, item.end, item.broken), _bytes(frames))
+        send(out, b"R", ROUND.pack(item.index, item.start, item.end, item.broken), pixel_bytes(frames))
 
 
 def live(out: BinaryIO, job: dict[str, Any]) -> None:
@@ -122,8 +123,10 @@ def live(out: BinaryIO, job: dict[str, Any]) -> None:
         began, behind_since, due = time.monotonic(), None, 0.0
         for shown in reader.frames(Fraction(0)):
             ahead = began + float(shown.start) - time.monotonic()
-            if ahead > 0:
-                time.sleep(min(ahead, 5.0))
+            if ahead > LEAP:
+                began -= ahead
+            elif ahead > 0:
+                time.sleep(ahead)
             elif ahead < -LATE:
                 now = time.monotonic()
                 behind_since = behind_since or now
@@ -135,7 +138,7 @@ def live(out: BinaryIO, job: dict[str, Any]) -> None:
             if now >= due:
                 due = max(due + period / 2, now)  # twice the rate that is looked at: the newest is never old
                 frame = fit(np.rot90(shown.picture.to_ndarray(format="rgb24"), round(shown.picture.rotation / 90)), size)
-                send(out, b"F", STAMP.pack(now), _bytes(frame.transpose(2, 0, 1)))
+                send(out, b"F", STAMP.pack(now), pixel_bytes(frame.transpose(2, 0, 1)))
 
 
 def pictures(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
@@ -149,7 +152,7 @@ def pictures(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
         except UserError as error:
             send(out, b"E", str(error).encode())
         else:
-            send(out, b"F", STAMP.pack(time.monotonic()), _bytes(frame.transpose(2, 0, 1)))
+            send(out, b"F", STAMP.pack(time.monotonic()), pixel_bytes(frame.transpose(2, 0, 1)))
 
 
 def visual(out: BinaryIO, job: dict[str, Any]) -> None:
@@ -174,7 +177,14 @@ def visual(out: BinaryIO, job: dict[str, Any]) -> None:
         if len(frames) > job["most_frames"]:
             raise UserError(f"the clip is longer than {seconds:g} s, which is the most in a chat: cut it, or start a stream")
     send(out, b"I", json.dumps({"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": rate}).encode())
-    send(out, b"F", STAMP.pack(time.monotonic()), _bytes(frames.transpose(0, 3, 1, 2)))
+    send(out, b"F", STAMP.pack(time.monotonic()), pixel_bytes(frames.transpose(0, 3, 1, 2)))
+
+
+def meet(out: BinaryIO, job: dict[str, Any], source: BinaryIO) -> None:
+    """A camera over WebRTC."""
+    from svlm_jax.serving.peer import peer
+
+    peer(out, job, source)
 
 
 def confine(memory: int) -> None:
@@ -198,6 +208,7 @@ def main() -> None:
         "live": lambda: live(out, job),
         "pictures": lambda: pictures(out, job, source),
         "visual": lambda: visual(out, job),
+        "peer": lambda: meet(out, job, source),
     }
     try:
         try:

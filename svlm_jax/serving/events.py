@@ -7,6 +7,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import json
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,16 +16,21 @@ from typing import Any
 CAPTIONS = ("segment", "silence")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Event:
     """`data` is what goes over the wire; its "type" is segment, silence, gap, question, state, or end, which is the last."""
 
     id: int
-    data: dict[str, Any]
+    type: str
+    line: bytes  # JSON: a stream keeps thousands of events, which take twice the memory as objects
+
+    @classmethod
+    def of(cls, id: int, data: dict[str, Any]) -> "Event":
+        return cls(id, sys.intern(data["type"]), json.dumps(data, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
     @property
-    def type(self) -> str:
-        return self.data["type"]
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.line)
 
     @property
     def caption(self) -> bool:
@@ -55,7 +62,7 @@ class Journal:
         with self._lock:
             if self.ended:
                 return
-            event = Event(self._next, {"type": type, **data})
+            event = Event.of(self._next, {"type": type, **data})
             self._next += 1
             self._events.append(event)
             self.ended = self.ended or type == "end"

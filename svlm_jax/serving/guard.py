@@ -27,7 +27,8 @@ def refusal(error: UserError, status: int = 400) -> JSONResponse:
     """An error in OpenAI's form."""
     kind = getattr(error, "kind", "invalid_request_error")
     status = getattr(error, "status", status)
-    headers = {"Retry-After": "5"} if status in (429, 503) else {}
+    retry = getattr(error, "retry_after", None)
+    headers = {"Retry-After": str(retry)} if retry is not None else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": {"message": str(error), "type": kind, "param": None, "code": None}}, status, headers)

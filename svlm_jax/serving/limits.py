@@ -7,6 +7,7 @@ from collections.abc import Callable
 from svlm_jax.errors import UserError
 
 MIB = 1 << 20
+RETRY = 5  # seconds after which a client may ask again that was too fast or found no room
 
 
 class Refused(UserError):
@@ -15,6 +16,11 @@ class Refused(UserError):
     def __init__(self, message: str, *, status: int = 400, close: int = 1008, kind: str = "invalid_request_error"):
         super().__init__(message)
         self.status, self.close, self.kind = status, close, kind
+
+    @property
+    def retry_after(self) -> int | None:
+        """Seconds to wait before the same request may be granted; None where waiting does not help."""
+        return RETRY if self.status in (429, 503) else None
 
 
 class Full(Refused):

@@ -1,4 +1,4 @@
-"""Frames that are sent in, one by one, and live sources behind a URL, which send themselves."""
+"""Frames that are sent in, one by one, and live sources, which send themselves: behind a URL, or at the other end of WebRTC."""
 
 import collections
 import contextlib
@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from svlm_jax.serving.sources import EARLY, READY, Counts, Grid, Round, Shape, S
 
 PENDING = 64  # pushed frames that wait, by the file's clock, before the sender has to
 LEAP = 10.0  # seconds without a frame, by the file's clock, of which no rounds are made
+PARTING = 4.0  # seconds for a process that holds a connection to close it
 BACK_OFF = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a live source is opened again; the last one for ever
 
 
@@ -317,3 +319,41 @@ class LiveSource(PushedSource):
         super().close()
         if self._stream is not None:
             self._stream.close()
+
+
+class PeerSource(PushedSource):
+    """A camera that sends over WebRTC, to a process of its own. It ends with the connection, and is not made again from here."""
+
+    def __init__(self, offer: bytes, shape: Shape, limits: Limits, notify: Callable[[], None], *, grid: Grid, start: float = 0.0):
+        super().__init__(shape, limits, notify, live=True, grid=grid, start=start, name="webrtc")
+        self._answer: Future[str] = Future()
+        self._peer = Decoder(mode="peer", fps=shape.fps, max_pixels=limits.frame_pixels, memory=limits.decoder_bytes, **shape.size)
+        threading.Thread(target=self._receive, args=(offer,), name="peer", daemon=True).start()
+
+    def answer(self, seconds: float) -> str:
+        """The SDP for the other end. Blocks. UserError where the offer cannot be answered, TimeoutError where it is not in that time."""
+        return self._answer.result(seconds)
+
+    def _receive(self, offer: bytes) -> None:
+        why = "the connection ended before it began"
+        try:
+            self._peer.send(offer)
+            for kind, payload in self._peer.messages():
+                if kind == b"I":
+                    self._answer.set_result(json.loads(payload)["answer"])
+                elif kind == b"E":
+                    why = self.failure = payload.decode()
+                elif kind == b"F":
+                    with contextlib.suppress(UserError):
+                        self.push(self._shape.read(payload[STAMP.size :])[0])
+        except (UserError, OSError, ValueError) as error:
+            why = self.failure = "" if self._closed else str(error)
+        finally:
+            if not self._answer.done():
+                self._answer.set_exception(UserError(why))
+            self._peer.close()
+            self.finish()
+
+    def close(self) -> None:
+        super().close()
+        self._peer.leave(PARTING)

@@ -21,13 +21,13 @@ from svlm_jax.serving.events import Event
 from svlm_jax.serving.guard import KEY_PROTOCOL, parse_json
 from svlm_jax.serving.limits import Refused, TooFast, TooLarge
 from svlm_jax.serving.pushing import push, pushable
-from svlm_jax.serving.service import Service
+from svlm_jax.serving.service import Service, wish_of
 from svlm_jax.serving.sessions import Session
 
 HEAD = struct.Struct("!BQ")  # kind, microseconds
 PICTURE, LAST, FLUSH = 1, 2, 3
 MISTAKES = 20  # of a client, after which its connection is closed
-SETTINGS = {"clock", "query", "previous_text", "seed", "name", "resume"}  # of the address, all texts but the seed
+SETTINGS = {"clock", "query", "previous_text", "seed", "name", "resume"}  # of the address
 CLOSING = {"finished": 1000, "deleted": 1000, "drain": 1001, "stopped": 1001}  # why the stream ended: how the socket closes; else 1011
 
 
@@ -41,13 +41,11 @@ class Realtime:
         offered = socket.scope.get("subprotocols", [])
         await socket.accept(next((name for name in offered if not name.startswith(KEY_PROTOCOL)), None))
         try:
-            wish: dict[str, Any] = {name: value for name, value in socket.query_params.items() if name in SETTINGS}
-            if "seed" in wish:
-                wish["seed"] = int(wish["seed"]) if wish["seed"].lstrip("-").isdecimal() else wish["seed"]
+            wish = wish_of(socket.query_params, SETTINGS)
             session = await asyncio.to_thread(self.service.open, wish, socket.state.owner)
         except UserError as error:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-                await socket.send_text(json.dumps(wire.error(str(error), kind=getattr(error, "kind", "invalid_request_error"))))
+                await socket.send_text(json.dumps(wire.error(error)))
                 await socket.close(getattr(error, "close", 1008), str(error)[:120])
             return
         await Connection(self.service, socket, session).run()
@@ -137,16 +135,17 @@ class Connection:
     def _translate(self, event: Event) -> list[wire.Json]:
         if not event.caption:
             return [wire.event("svlm", svlm=event.data)]
-        start = event.data["start"]
+        data = event.data
+        start = data["start"]
         if self._cancelled is not None and abs(self._cancelled - start) < 1e-3:
             self._cancelled = None
             return []
         response, self._response = self._response or wire.Response(start), None
-        extras = {"type": event.type, "start": start, "end": event.data["end"]}
+        extras = {"type": event.type, "start": start, "end": data["end"]}
         if event.type == "silence":
             return response.silent(extras)
-        tokens = len(self.service.checkpoint.tokenizer.encode_plain(event.data["text"]))
-        return response.finish(event.data["text"], tokens, extras)
+        tokens = len(self.service.checkpoint.tokenizer.encode_plain(data["text"]))
+        return response.finish(data["text"], tokens, extras)
 
     # Up
 
@@ -167,11 +166,11 @@ class Connection:
                     about = data.get("event_id") if isinstance(data.get("event_id"), str) else None
                     await self._event(data, about)
             except (TooLarge, TooFast) as error:
-                await self._send(wire.error(str(error), kind=error.kind, about=about))
+                await self._send(wire.error(error, about))
                 raise
             except UserError as error:
                 self._mistakes += 1
-                await self._send(wire.error(str(error), kind=getattr(error, "kind", "invalid_request_error"), about=about))
+                await self._send(wire.error(error, about))
                 if self._mistakes >= MISTAKES:
                     raise Refused("too many mistakes") from None
 

@@ -3,6 +3,8 @@
 import secrets
 from typing import Any
 
+from svlm_jax.errors import UserError
+
 Json = dict[str, Any]
 
 
@@ -14,9 +16,11 @@ def event(type: str, **fields: Any) -> Json:
     return {"type": type, "event_id": new("event"), **fields}
 
 
-def error(message: str, *, kind: str = "invalid_request_error", about: str | None = None) -> Json:
-    """`about` is the `event_id` of the client's event that was wrong."""
-    return event("error", error={"type": kind, "code": None, "message": message, "param": None, "event_id": about})
+def error(fault: UserError, about: str | None = None) -> Json:
+    """`about` is the `event_id` of the client's event that was wrong. Where it helps to wait, `svlm` says how many seconds."""
+    kind, retry = getattr(fault, "kind", "invalid_request_error"), getattr(fault, "retry_after", None)
+    extras = {"svlm": {"retry_after": retry}} if retry is not None else {}
+    return event("error", error={"type": kind, "code": None, "message": str(fault), "param": None, "event_id": about}, **extras)
 
 
 def session(id: str, model: str, instructions: str, budget: int, extras: Json) -> Json:

@@ -52,6 +52,7 @@ class Scheduler:
         self._jobs: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self._doubted = False  # a stream was refused for what the last rounds took
         self._next = 0.0  # the grid's next instant
         self._waiting_since: float | None = None
         self._parked: dict[str, float] = {}  # stream: since when
@@ -98,6 +99,7 @@ class Scheduler:
             return LOADING
         took = self.round_seconds()
         if live and took > SHARE * self.chunk:
+            self._doubted = True
             return f"a round takes {took:.2f} s here and there is one every {self.chunk:g} s: use fewer --streams, or a lower --fps or --max-pixels"
         return ""
 
@@ -127,27 +129,45 @@ class Scheduler:
 
     def rehearse(self) -> None:
         """Every program once or more, in the way that rounds will call it, and how long a round with all rows takes."""
-        engine, spec = self.engine, self.engine.spec
-        frames = np.zeros((engine.streams, spec.stream.frames_per_round, 3, spec.height, spec.width), np.uint8)
-        for row in range(engine.streams):
-            engine.open(row)
+        engine = self.engine
+        self._fill_rows()
         for index in range(4):
-            began = time.perf_counter()
-            said = engine.step(frames, {row: (float(index), index + 1.0) for row in range(engine.streams)})
-            np.asarray(said.first)
-            engine.note(said.tokens())
-            took = time.perf_counter() - began
+            took = self._empty_round(index)
             if index == 1:
                 saved = on_host(engine.take(0))
                 engine.close(0)
                 engine.put(0, saved)
             elif index > 1:
                 self.measure(took)
-        for row in range(engine.streams):
-            engine.close(row)
-        jax.block_until_ready(engine.state)
+        self._empty_rows()
         self.ready = True
         log("server.ready", places=self.sessions.places, round_seconds=round(self.round_seconds(), 4), interval_seconds=self.chunk)
+
+    def _fill_rows(self) -> None:
+        for row in range(self.engine.streams):
+            self.engine.open(row)
+
+    def _empty_round(self, index: int) -> float:
+        """Seconds of a round with all rows, which nobody hears of."""
+        engine, spec = self.engine, self.engine.spec
+        frames = np.zeros((engine.streams, spec.stream.frames_per_round, 3, spec.height, spec.width), np.uint8)
+        began = time.perf_counter()
+        said = engine.step(frames, {row: (float(index), index + 1.0) for row in range(engine.streams)})
+        np.asarray(said.first)
+        engine.note(said.tokens())
+        return time.perf_counter() - began
+
+    def _trial(self) -> float:
+        """Seconds of a round with all rows, where none is taken."""
+        self._fill_rows()
+        took = self._empty_round(0)
+        self._empty_rows()
+        return took
+
+    def _empty_rows(self) -> None:
+        for row in range(self.engine.streams):
+            self.engine.close(row)
+        jax.block_until_ready(self.engine.state)
 
     def _wait(self) -> Sequence[Session] | None:
         """Until a round is due: the streams that take part, none of them if there was only other work; None at the end."""
@@ -155,7 +175,7 @@ class Scheduler:
             while True:
                 if self._stopped:
                     return None
-                if self._jobs:
+                if self._jobs or self._doubted:
                     break
                 running = self.sessions.running()
                 for session in running:
@@ -180,6 +200,10 @@ class Scheduler:
                 future.set_result(work())
             except UserError as error:
                 future.set_exception(error)
+        if self._doubted:  # the machine may have been busy with something else then, and without streams there are no new rounds to tell
+            self._doubted = False
+            if not self.rows:
+                self.measure(self._trial())
         return ()
 
     def _on_grid(self, running: Sequence[Session], ready: Sequence[Session], now: float) -> float | None:

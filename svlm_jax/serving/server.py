@@ -16,6 +16,7 @@ from svlm_jax.serving.service import Service
 from svlm_jax.serving.sessions import log
 
 LAST_WORDS = 5.0  # seconds for listeners to take what they were sent, at the end
+LAST_ROUND = 10.0  # seconds for the round, or the compilation, that the device is at
 CONNECTIONS = 1000
 
 
@@ -96,5 +97,8 @@ def serve(service: Service, bound: socket.socket, host: str) -> int:
     asyncio.run(Server(settings, service).serve(sockets=[bound]))
     if service.failure:
         raise UserError(service.failure)
+    quiet = service.rests(LAST_ROUND)
     log("server.stopped")
+    if not quiet:  # Python cannot end a thread inside XLA, and aborts when it comes back from there to an interpreter that is gone
+        os._exit(0)
     return 0

@@ -5,8 +5,7 @@ import contextlib
 import dataclasses
 import math
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from svlm_jax.config import StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
 from svlm_jax.errors import UserError
 from svlm_jax.programs import Programs, check_memory, device_bytes, tree_bytes
+from svlm_jax.serving.clocks import Moment
 from svlm_jax.serving.events import Journal
 from svlm_jax.serving.limits import Limits, Refused
 from svlm_jax.serving.metrics import Metrics
 from svlm_jax.serving.origins import Allowed, is_live, is_url, shown
-from svlm_jax.serving.pushed import LiveSource, PushedSource
+from svlm_jax.serving.pushed import LiveSource, PeerSource, PushedSource
 from svlm_jax.serving.scheduler import Scheduler
 from svlm_jax.serving.sessions import Session, Sessions, Wish, check_text, log, new_id
 from svlm_jax.serving.snapshots import Shelf, Snapshot, capture, decode, encode, fingerprint
@@ -82,6 +82,7 @@ class Service:
         stamp = self.checkpoint.weights
         self._print = fingerprint(self.spec, f"{self.checkpoint.nbytes} {self.checkpoint.dtype} {weights_stamp(stamp)}")
         self._stopping: Callable[[], object] = lambda: None
+        self._thread: threading.Thread | None = None
 
     def _wake(self) -> None:
         if self.scheduler is not None:
@@ -99,7 +100,14 @@ class Service:
     def start(self, stopping: Callable[[], object]) -> None:
         """Loads, compiles and then runs rounds, all in the device's thread. `stopping` is called there when that ends by itself."""
         self._stopping = stopping
-        threading.Thread(target=self._run, name="device", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self._thread.start()
+
+    def rests(self, seconds: float) -> bool:
+        """Whether the device's thread ends, or has ended, within that time. Blocks."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -127,13 +135,16 @@ class Service:
 
     # Streams
 
-    def open(self, wish: dict[str, Any], owner: str) -> Session:
-        """Starts a stream as a client's JSON has it. Blocks (a name may be looked up). Raises Refused or UserError."""
+    def open(self, wish: dict[str, Any], owner: str, offer: bytes = b"") -> Session:
+        """Starts a stream as a client's JSON has it. Blocks (a name may be looked up). Raises Refused or UserError.
+
+        `offer` is of a camera over WebRTC, which is the source then.
+        """
         unknown = sorted(set(wish) - {"source", "clock", "pace", "query", "previous_text", "seed", "start", "duration", "name", "resume"})
         if unknown:
             raise Refused(f"there is no setting {unknown[0][:40]!r} of a stream")
         if "resume" in wish:
-            return self.resume(check_text(wish["resume"], "resume", 64), owner)
+            return self.resume(check_text(wish["resume"], "resume", 64), owner, offer)
         settings = self._wish(wish)
         source = check_text(wish.get("source", "push"), "source", 2000)
         start, duration = _seconds(wish, "start") or 0.0, _seconds(wish, "duration")
@@ -143,7 +154,9 @@ class Service:
         origin: dict[str, Any] = {"source": source, "start": start, "pace": pace}
         if duration is not None:
             origin["end"] = start + duration
-        if source == "push":
+        if offer:
+            kind, live = "webrtc", True
+        elif source == "push":
             kind, live = "push", clock != "file"
         elif source == "sample":
             kind, live = "file", False
@@ -161,7 +174,7 @@ class Service:
         session = Session(new_id(), settings, Journal(self.limits.history), owner=owner, kind=kind, name=name)
         session.origin = origin
         session.expected = start if live else None
-        self.sessions.admit(session, lambda: self._source(session, start), live=live)
+        self.sessions.admit(session, lambda: self._source(session, start, offer), live=live)
         return session
 
     def _wish(self, wish: dict[str, Any]) -> Wish:
@@ -197,11 +210,13 @@ class Service:
         session.ask(question, self.limits)
         self._wake()
 
-    def _source(self, session: Session, begin: float) -> Source:
+    def _source(self, session: Session, begin: float, offer: bytes) -> Source:
         """Opens a session's video from second `begin` of the stream on."""
         assert self.scheduler is not None
         origin, grid = session.origin, self.scheduler.samples
         name = origin["source"]
+        if session.kind == "webrtc":
+            return PeerSource(offer, self.shape, self.limits, self._wake, grid=grid, start=begin)
         if name == "push":
             return PushedSource(self.shape, self.limits, self._wake, live=origin["live"], grid=grid, start=begin)
         if name != "sample" and not is_url(name):
@@ -265,7 +280,7 @@ class Service:
         """The most that a snapshot of this server can have."""
         return tree_bytes(self.scheduler.engine.state) // self.config.places + 512 * self.limits.history + (1 << 20) if self.scheduler else 0
 
-    def resume(self, id: str, owner: str) -> Session:
+    def resume(self, id: str, owner: str, offer: bytes = b"") -> Session:
         """Goes on with a stream from its snapshot: the same words as if it had never stopped. Blocks. Raises Refused."""
         if self.shelf is None:
             raise Refused("this server keeps no snapshots: start it with --state FOLDER", status=409)
@@ -273,6 +288,8 @@ class Service:
         about, last = data.about, data.last
         if about["owner"] != owner:
             raise Refused(f"there is no snapshot of {id}", status=404)
+        if (about["kind"] == "webrtc") != bool(offer):
+            raise Refused("a stream over WebRTC, and no other, goes on with an offer to /v1/whip?resume=ID", status=409)
         journal = Journal(self.limits.history, earlier=[event for event in data.events if event.type != "end"], first=last + 1)
         session = Session(data.id, data.wish, journal, owner=owner, kind=about["kind"], name=about["name"])
         session.origin, session.saved, session.position = about["origin"], data.saved, about["position"]
@@ -283,10 +300,10 @@ class Service:
         begin = float(about["position"])
         session.expected = begin
         if about["live"]:  # the time in between has passed for the camera too
-            away = max(0.0, time.time() - about["time"])
+            away = data.taken.until(Moment.now())
             begin += math.floor(away / self.shape.chunk_seconds) * self.shape.chunk_seconds
             session.skip_reason = "moved"
-        self.sessions.admit(session, lambda: self._source(session, begin), live=about["live"])
+        self.sessions.admit(session, lambda: self._source(session, begin, offer), live=about["live"])
         session.journal.publish("state", state="resumed", position=about["position"])
         return session
 
@@ -322,6 +339,14 @@ class Service:
                         kept[session.id] = session.rounds
                     except UserError as error:
                         log("stream.snapshot_failed", stream=session.id, message=str(error))
+
+
+def wish_of(params: Mapping[str, str], settings: Container[str]) -> dict[str, Any]:
+    """A stream's settings from an address, where all are texts but the seed."""
+    wish: dict[str, Any] = {name: value for name, value in params.items() if name in settings}
+    if "seed" in wish:
+        wish["seed"] = int(wish["seed"]) if wish["seed"].lstrip("-").isdecimal() else wish["seed"]
+    return wish
 
 
 def weights_stamp(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Streams as clients know them: what was asked for, how far it is, what was said."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -20,10 +21,11 @@ LOADING = "the server is still loading: ask again when /ready says so"
 
 
 def log(event: str, **fields: Any) -> None:
-    """One JSON line on standard output."""
+    """One JSON line on standard output. Where nobody reads it any more, or the disk under it is full, the streams go on without."""
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **fields}
-    sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from svlm_jax.serving.clocks import Moment
 from svlm_jax.serving.events import Event
 from svlm_jax.serving.limits import Refused
 from svlm_jax.serving.scheduler import on_host
@@ -32,6 +33,7 @@ from svlm_jax.streaming.state import state_shapes
 VERSION = "1"
 ID = re.compile(r"strm_[0-9a-f]{16}")
 SUFFIX = ".svlm"
+TICK = 1_000_000  # nanoseconds between the times of two files, at least
 BITS = {2: np.dtype(np.uint16)}  # floats that NumPy itself lacks are stored by their bits
 
 
@@ -45,6 +47,7 @@ class Snapshot:
     about: dict[str, Any]  # JSON: source, position, counters
     events: tuple[Event, ...]
     last: int  # number of the newest event
+    taken: Moment
 
 
 def fingerprint(spec: StreamSpec, weights: str) -> str:
@@ -66,10 +69,9 @@ def capture(session: Session, saved: SavedStream) -> Snapshot:
         "tokens": session.tokens,
         "skipped": session.skipped,
         "questions": list(session.questions),
-        "time": time.time(),
     }
     events, _ = session.journal.after(0)
-    return Snapshot(session.id, session.wish, on_host(saved), about, tuple(events), session.journal.last)
+    return Snapshot(session.id, session.wish, on_host(saved), about, tuple(events), session.journal.last, Moment.now())
 
 
 def encode(snapshot: Snapshot, print_: str) -> bytes:
@@ -85,6 +87,7 @@ def encode(snapshot: Snapshot, print_: str) -> bytes:
         "host": snapshot.saved.row.as_json(),
         "events": [[event.id, event.data] for event in snapshot.events],
         "last": snapshot.last,
+        "taken": dataclasses.asdict(snapshot.taken),
     }
     body = json.dumps(header)
     digest = hashlib.sha256(body.encode())
@@ -114,8 +117,9 @@ def decode(data: bytes, spec: StreamSpec, dtype: Any, print_: str) -> Snapshot:
         header = json.loads(body)
         row = StreamHost.from_json(header["host"])
         saved = SavedStream(jax.tree.unflatten(tree, leaves), row, arrays["key"], int(header["round"]))
-        events = tuple(Event(id, data) for id, data in header["events"])
-        return Snapshot(header["id"], Wish(**header["wish"]), saved, header["about"], events, int(header["last"]))
+        events, taken = tuple(Event.of(id, data) for id, data in header["events"]), header["taken"]
+        moment = Moment(float(taken["wall"]), float(taken["up"]), str(taken["boot"]))
+        return Snapshot(header["id"], Wish(**header["wish"]), saved, header["about"], events, int(header["last"]), moment)
     except (KeyError, TypeError, ValueError):
         raise Refused("this is no snapshot of a stream that this version can read") from None
 
@@ -132,7 +136,7 @@ def _floats(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 class Shelf:
-    """A folder of snapshots, one file a stream."""
+    """A folder of snapshots, one file a stream. A file's time is later than those of all before it, even if the wall clock was set back."""
 
     def __init__(self, folder: Path, most: int):
         """`most` snapshots are kept; the oldest goes first. Raises Refused where the folder cannot be used."""
@@ -158,6 +162,8 @@ class Shelf:
                 os.chmod(draft, 0o600)
                 file.write(data)
                 file.flush()
+                now = max(time.time_ns(), TICK + max((when for when, _ in self._by_age()), default=0))
+                os.utime(draft, ns=(now, now))
                 os.fsync(file.fileno())
             os.replace(draft, target)
             folder = os.open(self.folder, os.O_RDONLY)
@@ -172,10 +178,18 @@ class Shelf:
         self._forget()
 
     def _forget(self) -> None:
-        with contextlib.suppress(OSError):
-            files = sorted(self.folder.glob(f"strm_*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
-            for path in files[: max(0, len(files) - self._most)]:
+        files = self._by_age()
+        for _, path in files[: max(0, len(files) - self._most)]:
+            with contextlib.suppress(OSError):
                 path.unlink()
+
+    def _by_age(self) -> list[tuple[int, Path]]:
+        """The time (ns) and path of each file, the oldest first."""
+        found = []
+        for path in self.folder.glob(f"strm_*{SUFFIX}"):
+            with contextlib.suppress(OSError):  # it was removed meanwhile
+                found.append((path.stat().st_mtime_ns, path))
+        return sorted(found)
 
     def read(self, id: str) -> bytes:
         try:
