@@ -122,7 +122,7 @@ def test_rows_in_eight_bits_equal_the_equation(backend, rows, outputs, dtype):
     x, values, scale = operands(8, rows, 384, outputs, "fp8", dtype)
     x = (x * 10.0 ** jnp.linspace(-6, 6, rows[-1])[:, None]).at[..., 5, :].set(0).astype(dtype)
     wide = np.asarray(x, np.float32)
-    of_rows = np.maximum(np.abs(wide).max(-1, keepdims=True), np.float32(1e-30)) / np.float32(448)
+    of_rows = np.maximum(np.abs(wide).max(-1, keepdims=True), np.float32(1e-30)) * np.float32(1 / 448)
     true = direct((wide / of_rows).astype(ml_dtypes.float8_e4m3fn), values, scale)
     turned = jnp.moveaxis(values, 0, -1)
     ours = jax.jit(lambda *a: product(*a, narrow=True, backend=backend))(x, turned, scale)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from svlm_jax.kernels.backends import Unsupported
 
@@ -31,7 +32,8 @@ def product_reference(x: jax.Array, values: jax.Array, scale: jax.Array, *, narr
 def rounded_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(float8_e4m3fn in x's shape, float32 [...]): each row as numbers of eight bits, the largest of which is `LARGEST`, and their scale."""
     wide = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), LEAST) / LARGEST
+    # Compilers make a product with the inverse of a division by a constant; stated, so that numbers halfway between two are rounded the same everywhere
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), LEAST) * np.float32(1 / LARGEST)
     return (wide / scale[..., None]).astype(jnp.float8_e4m3fn), scale
 
 
