@@ -1,16 +1,19 @@
-"""Everything that is measured on one GPU for the 7B model's sizes, one command of a given length after another.
+"""Everything that is measured on one GPU for the 7B model's sizes, in commands of a given length, one after another.
 
     python benchmarks/h100.py --minutes 8.5
     python benchmarks/h100.py --minutes 8.5 --case rounds_int8_weights kernels_attention
 
-Cases come in the order below, each in a process of its own, as `svlm bench` would run it. None begins that would not end in time, by the
-seconds that are expected of it; what the record holds of this commit is not measured again, so the same command goes on where it was
-stopped. The record is benchmarks/h100_cases.json: {case: what `svlm bench --json` wrote}. Programs are kept in JAX's cache on disk.
+Cases come in the order below, each in a process of its own, as `svlm bench` or a script beside this one would run it. None begins that would
+not end in time, by the seconds that are expected of it, and none goes on after it; what the record holds of this commit is not measured again,
+so the same command goes on where it was stopped. The record is benchmarks/h100_cases.json: {case: what was written with --json}. Programs
+are kept in JAX's cache on disk.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,22 +26,29 @@ from svlm_jax.bench.report import commit
 
 RECORD = Path(__file__).with_name("h100_cases.json")
 STREAM = ("stream", "--model", "7b", "--rounds", "60", "--pipelined-rounds", "10", "--profile-rounds", "4")
-# name -> seconds to be expected, arguments of `svlm bench`
+PREFILLED = ("--weights", "qkv", "out", "gate_up", "down")
+# name -> seconds to be expected, arguments of `svlm bench`; or a script of this folder, and its own
 CASES: dict[str, tuple[float, tuple[str, ...]]] = {
     "rounds": (100, STREAM),
-    "rounds_8_streams": (110, (*STREAM, "--streams", "8", "--rounds", "20")),
+    "rounds_8_streams": (140, (*STREAM, "--streams", "8")),
     "kernels_attention": (
         90,
         ("kernels", "--slots", "12288", "49152", "--tokens", "1", "--streams", "1", "8", "--kv", "off", "int8", "--layers", "28", "--rows"),
     ),
     "kernels_prefill": (40, ("kernels", "--slots", "12544", "--tokens", "768", "--kv", "off", "int8", "--rows")),
     "kernels_products": (90, ("kernels", "--slots", "1280", "--tokens", "1", "--rows", "1", "8", "32")),
+    "kernels_products_prefill": (
+        90,
+        ("kernels", "--slots", "1280", "--tokens", "1", "--rows", "768", "--kind", "int8", "fp8", "fp8_products", *PREFILLED),
+    ),
     "rounds_int8_weights": (100, (*STREAM, "--weights", "int8")),
     "rounds_fp8_weights": (100, (*STREAM, "--weights", "fp8")),
+    "rounds_fp8_products": (100, (*STREAM, "--weights", "fp8_products")),
     "rounds_8_fps_int8_kv": (130, (*STREAM, "--fps", "8", "--kv", "int8")),
     "rounds_8_fps": (130, (*STREAM, "--fps", "8")),
     "rounds_int8_kv": (100, (*STREAM, "--kv", "int8")),
-    "rounds_int8_weights_8_streams": (110, (*STREAM, "--weights", "int8", "--streams", "8", "--rounds", "20")),
+    "rounds_int8_weights_8_streams": (140, (*STREAM, "--weights", "int8", "--streams", "8")),
+    "second_start": (300, ("second_start.py", "--scratch", ".")),
     "soak": (260, (*STREAM, "--rounds", "1200")),
     "figure": (400, ("stream", "--model", "7b", "--rounds", "300", "--plot", str(RECORD.with_name("h100_figure.png")))),
 }
@@ -55,11 +65,20 @@ def run(name: str, seconds: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="svlm-bench-") as folder:
         out = Path(folder) / "out.json"
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path("~/.cache/svlm-jax/xla").expanduser())
-        command = [sys.executable, "-m", "svlm_jax.cli", "bench", *arguments, "--json", str(out)]
+        script = arguments[0].endswith(".py")
+        program = [str(RECORD.with_name(arguments[0])), *arguments[1:]] if script else ["-m", "svlm_jax.cli", "bench", *arguments]
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+        case = subprocess.Popen([sys.executable, *program, "--json", str(out)], cwd=folder, env=environment, start_new_session=True)
         try:
-            subprocess.run(command, timeout=seconds, cwd=folder, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}, check=True)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            failed = f"exit status {case.returncode}" if case.wait(seconds) else ""
+        except subprocess.TimeoutExpired:
+            failed = f"not done after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(case.pid, signal.SIGKILL)  # what it started would keep the GPU
+            case.wait()
+        if failed:
+            print(f"{name}: {failed}", file=sys.stderr, flush=True)
             return []
         found = json.loads(out.read_text())
         return found if isinstance(found, list) else [found]

@@ -30,16 +30,16 @@ def _log_once(log: logging.Logger, operation: str, name: str, reason: str) -> No
     log.info("%s: backend %s not taken: %s", operation, name, reason)
 
 
-def choose(log: logging.Logger, operation: str, backends: Mapping[str, Any], *checked: Any) -> Callable:
+def choose(log: logging.Logger, operation: str, backends: Mapping[str, Any], *checked: Any, **how: Any) -> Callable:
     """The first backend that takes the call, for each platform: which one runs is settled when the program is lowered.
 
     Args:
-      checked: what backends look at. The last backend takes everything, anywhere.
+      checked, how: what backends look at. The last backend takes everything, anywhere.
     """
     chosen: dict[str, Callable] = {}
     for name, backend in backends.items():
         try:
-            backend.check(*checked)
+            backend.check(*checked, **how)
         except Unsupported as reason:
             _log_once(log, operation, name, str(reason))
             continue

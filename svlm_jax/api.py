@@ -132,7 +132,8 @@ def load(
       weights: another directory to take the weights from; config and tokenizer stay those of `path`.
       dtype: of the parameters, the cache and the computation; None keeps what the files hold.
       quantize: "int8" or "fp8" keeps the weights of the decoder's products and of the head in eight bits, and so makes decoding
-        faster on less memory; a `Quantization` says which parts. None keeps all as it is.
+        faster on less memory; "fp8_products" those of vision too, and multiplies prefill and vision in eight bits; a `Quantization` says
+        which parts. None keeps all as it is.
       mesh: devices that share the model, from `svlm_jax.sharding.make_mesh(data=..., tensor=...)`; None: the first one alone.
       progress: called with (bytes done, bytes in total) while weights are read.
 

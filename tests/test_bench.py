@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -285,6 +287,14 @@ def test_floors_of_the_7b():
     assert least["round"] == pytest.approx(114, rel=0.02)
     eight = floors(spec, Ceilings(3.08, 798), streams=1, cached_tokens=12_500, dtype=jnp.bfloat16, weight_dtype=jnp.int8)
     assert eight["decode_step"] == pytest.approx(2.53, rel=0.01) and eight["vision"] == least["vision"]
+    narrow = floors(
+        spec, Ceilings(3.08, 798, 1596), streams=1, cached_tokens=12_500, dtype=jnp.bfloat16, weight_dtype=jnp.float8_e4m3fn, narrow=True
+    )
+    assert narrow["decode_step"] == eight["decode_step"] and narrow["round"] == pytest.approx(60, rel=0.03)
+    slow = floors(
+        spec, Ceilings(3.08, 798), streams=1, cached_tokens=12_500, dtype=jnp.bfloat16, weight_dtype=jnp.float8_e4m3fn, narrow=True
+    )
+    assert slow["prefill"] == pytest.approx(least["prefill"]) and slow["vision"] == pytest.approx(least["vision"])
     many = floors(spec, Ceilings(3.08, 798), streams=8, cached_tokens=12_500, dtype=jnp.bfloat16)
     assert many["vision"] == pytest.approx(8 * least["vision"])
     assert many["decode_step"] == pytest.approx(least["decode_step"] + 7 * 12_500 * 57_344 / 3.08e9)
@@ -315,7 +325,7 @@ def test_flags_multiply_and_results_are_a_list(tmp_path, monkeypatch, outcome):
         return outcome | {"mode": load.mode, "fps": load.fps}
 
     monkeypatch.setattr(stream, "run_load", run_load)
-    monkeypatch.setattr(stream, "measure", lambda: Ceilings(1, 1))
+    monkeypatch.setattr(stream, "measure", lambda **_: Ceilings(1, 1))
     monkeypatch.setattr(stream, "load_model", lambda *_: None)
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
@@ -433,14 +443,30 @@ def test_products_beside_xla(monkeypatch):
     assert len(lines[0].split("XLA")[0]) == len(kernels.heading(record)) + 2
 
 
+def test_products_of_rows_in_eight_bits_beside_xla(monkeypatch):
+    from svlm_jax.kernels.products import bench
+
+    monkeypatch.setattr(bench, "WEIGHTS", {"small": (256, 384)})
+    monkeypatch.setattr(bench, "CHAIN_BYTES", 1)
+    many, few = (bench.measure("small", rows=rows, kind="fp8_products") for rows in (40, 2))
+    assert many["narrow"] and not few["narrow"]  # of which the rows stay as they are
+    assert many["fp8"]["relative_error"] < 0.01 and few["fp8"].keys() == {"unsupported"}
+    slow, fast = (kernels.rated(many, Ceilings(1e9, 1.0, fp8)) for fp8 in (None, 2.0))
+    assert fast["floor_us"] == pytest.approx(slow["floor_us"] / 2) and slow["floor_us"] == pytest.approx(2 * 40 * 256 * 384 / 1e6)
+    assert kernels.rated(few, Ceilings(1e9, 1.0, 2.0))["floor_us"] == pytest.approx(2 * 2 * 256 * 384 / 1e6)
+
+
 def test_cases_of_a_gpu_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     import h100
 
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
-    for _, arguments in h100.CASES.values():  # each is a command that there is
-        parser.parse_args(["bench", *arguments, "--json", "x.json"])
+    for _, (first, *rest) in h100.CASES.values():  # each is a command that there is
+        if first.endswith(".py"):
+            importlib.import_module(first.removesuffix(".py")).parser().parse_args([*rest, "--json", "x.json"])
+        else:
+            parser.parse_args(["bench", first, *rest, "--json", "x.json"])
     clock, ran = [0.0], []
 
     def run(name, seconds):
@@ -460,3 +486,28 @@ def test_cases_of_a_gpu_go_on_where_they_were_stopped(tmp_path, monkeypatch, cap
     assert h100.main(["--minutes", "17", "--out", str(out)]) == 0
     monkeypatch.setenv("SVLM_COMMIT", "def")  # of another commit: measured anew
     assert h100.main(["--minutes", "2", "--out", str(out), "--case", "a"]) == 0 and ran[-1][0] == "a"
+
+
+def test_a_case_ends_with_all_that_it_started(tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import h100
+
+    monkeypatch.setattr(h100, "RECORD", tmp_path / "cases.json")
+    for name, body in {
+        "good": 'open(sys.argv[2], "w").write(\'{"commit": "abc"}\')',
+        "bad": "sys.exit(3)",
+        "slow": 'child = subprocess.Popen(["sleep", "600"]); open("FILE", "w").write(str(child.pid)); child.wait()'.replace(
+            "FILE", str(tmp_path / "pid")
+        ),
+    }.items():
+        (tmp_path / f"{name}.py").write_text(f"import subprocess, sys\n{body}\n")
+        monkeypatch.setitem(h100.CASES, name, (1, (f"{name}.py",)))
+    assert h100.run("good", 60) == [{"commit": "abc"}]
+    assert h100.run("bad", 60) == [] and "bad: exit status 3" in capfd.readouterr().err
+    assert h100.run("slow", 2) == [] and "slow: not done after 2 s" in capfd.readouterr().err
+    if (tmp_path / "pid").exists():  # a machine with much to do may not have come so far
+        state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+        end = time.monotonic() + 60
+        while state.exists() and state.read_text().split()[2] != "Z":  # gone, or waited for by nobody
+            assert time.monotonic() < end, "what a case started outlives it"
+            time.sleep(0.01)

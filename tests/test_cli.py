@@ -24,7 +24,7 @@ VIDEO
 --model DIR
 --weights DIR
 --dtype {float32,bfloat16}
---quantize {int8,fp8}
+--quantize {int8,fp8,fp8_products}
 --mesh data=N,tensor=N
 --out FILE []
 --truth FILE.jsonl

@@ -53,6 +53,20 @@ def test_every_part_of_a_model_with_a_tied_head(tmp_path):
     assert inspect(done.path).quantization == EVERY
 
 
+def test_eight_bit_floats_are_laid_out_for_rows_in_eight_bits(tmp_path):
+    """What is on disk stays what it was; the vision tower's weights are made so while they are loaded."""
+    with pytest.raises(UserError, match="fp8_products is how weights are used: convert them to fp8, and start with --quantize fp8_products"):
+        convert(tiny_path(), tmp_path / "out", quantize="fp8_products")
+    kept = convert(tiny_path(), tmp_path / "fp8", quantize="fp8").path
+    opened = Checkpoint.open(kept, quantize="fp8_products")
+    found, plain = opened.load().params, svlm_jax.load()
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), opened.shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), found)
+    jax.tree.map(np.testing.assert_array_equal, found, quantize(plain.params, Quantization("fp8_products")))
+    jax.tree.map(np.testing.assert_array_equal, found, svlm_jax.load(quantize="fp8_products").params)
+    with pytest.raises(UserError, match="holds decoder, head in fp8 already"):
+        load_params(kept, plain.config, quantize=Quantization("fp8_products", ("vision",)))
+
+
 def test_it_serves_as_it_is(small):
     opened = Checkpoint.open(small)
     assert opened.quantization == Quantization("int8") and opened.dtype == ml_dtypes.bfloat16

@@ -90,6 +90,7 @@ def test_ring_decoding(register_products, regions, fill, kv):
 @pytest.mark.parametrize(
     ("blocks", "rows", "inputs", "outputs", "kind"),
     [
+        (6, (9,), 384, (2, 128), "fp8_products"),
         (6, (3, 1), 512, (3, 128), "int8"),  # shares that begin and end within a tile of outputs
         (2, (2, 4), 256, (256,), "fp8"),
         (14, (32,), 384, (512,), "int8"),  # as many blocks as there are tiles, and no more
@@ -98,10 +99,12 @@ def test_ring_decoding(register_products, regions, fill, kv):
 )
 def test_products_of_few_rows(monkeypatch, blocks, rows, inputs, outputs, kind):
     monkeypatch.setattr(products, "MULTIPROCESSORS", blocks // products.RESIDENT)
-    arrays = operands(7, rows, inputs, outputs, kind)
+    narrow = kind == "fp8_products"
+    x, values, scale = operands(7, rows, inputs, outputs, "fp8" if narrow else kind)
+    weight = jnp.moveaxis(values, 0, -1) if narrow else values
     with interpreted():
-        found = [np.asarray(product(*arrays, backend="mosaic_gpu")) for _ in range(2)]
-    expect_equal(found[0], *arrays)
+        found = [np.asarray(product(x, weight, scale, narrow=narrow, backend="mosaic_gpu")) for _ in range(2)]
+    expect_equal(found[0], x, values, scale)
     np.testing.assert_array_equal(*found)
 
 

@@ -4,10 +4,11 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from svlm_jax.kernels.backends import Unsupported
+from svlm_jax.kernels.backends import Unsupported, _log_once
 from svlm_jax.kernels.products.api import BACKENDS, product
 from svlm_jax.model.quantized import Quantized
 from svlm_jax.model.quantized import product as weight_product
@@ -69,17 +70,19 @@ def test_a_zero_scale_is_a_zero_output():
         ({"x": (4, 64)}, "do not belong together"),
         ({"scale": (64,)}, "do not belong together"),
         ({"dtype": jnp.bfloat16}, "not in eight bits"),
+        ({"narrow": True}, "for rows in eight bits is of float8_e4m3fn, not int8"),
+        ({"narrow": True, "scale": (64,)}, "do not belong together"),
     ],
 )
 def test_broken_contracts_are_named(change, message):
     x, values, scale = operands(4, (4,), 128, (128,), "int8")
     x, scale = jnp.zeros(change.get("x", x.shape), x.dtype), jnp.zeros(change.get("scale", scale.shape))
     with pytest.raises(ValueError, match=message):
-        product(x, values.astype(change.get("dtype", values.dtype)), scale)
+        product(x, values.astype(change.get("dtype", values.dtype)), scale, narrow=change.get("narrow", False))
 
 
 def test_backends_say_why_they_do_not_take_a_call(caplog):
-    assert BACKENDS == ("mosaic_gpu", "tiles", "reference")
+    assert BACKENDS == ("mosaic_gpu", "tiles", "fp8", "reference")
     for arrays, reason in (
         (operands(5, (1,), 128, (128,), "int8", jnp.float32), "bfloat16, not float32"),
         (operands(5, (33,), 128, (128,), "int8"), "1 to 32 rows, not 33"),
@@ -87,21 +90,64 @@ def test_backends_say_why_they_do_not_take_a_call(caplog):
     ):
         with pytest.raises(Unsupported, match=reason):
             product(*arrays, backend="mosaic_gpu")
+    x, values, scale = operands(5, (33,), 128, (128,), "fp8")
+    for narrow, backend, reason in ((True, "tiles", "rounds no rows"), (False, "fp8", "weights that are for rows in eight bits")):
+        with pytest.raises(Unsupported, match=reason):
+            product(x, values.T if narrow else values, scale, narrow=narrow, backend=backend)
+    with pytest.raises(Unsupported, match="more than 32 rows, not 32"):
+        product(x[:32], values.T, scale, narrow=True, backend="fp8")
+    _log_once.cache_clear()
     with pytest.raises(Unsupported, match="more than 32 rows, not 31"), caplog.at_level(logging.INFO):
         x, values, scale = operands(5, (31,), 128, (384,), "int8", jnp.float32)
         product(x, values, scale)
         product(x, values, scale, backend="tiles")
     said = [record.getMessage() for record in caplog.records if "product:" in record.getMessage()]
-    assert len(said) == len(set(said)) == 2 and all("not taken" in line for line in said)
+    assert len(said) == len(set(said)) == 3 and all("not taken" in line for line in said)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "narrow"), [("int8", False), ("fp8", False), ("fp8", True)])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 3584, (4, 9, 128)), (32, 18944, (3584,))])
-def test_the_kernel_lowers_for_gpus_at_7b_sizes(rows, inputs, outputs, kind):
-    shapes = jax.ShapeDtypeStruct((rows, 1, inputs), jnp.bfloat16), jax.ShapeDtypeStruct((inputs, *outputs), KINDS[kind])
-    traced = jax.jit(product).trace(*shapes, jax.ShapeDtypeStruct(outputs, jnp.float32))
+def test_the_kernel_lowers_for_gpus_at_7b_sizes(rows, inputs, outputs, kind, narrow):
+    whole = (*outputs, inputs) if narrow else (inputs, *outputs)
+    shapes = jax.ShapeDtypeStruct((rows, 1, inputs), jnp.bfloat16), jax.ShapeDtypeStruct(whole, KINDS[kind])
+    traced = jax.jit(lambda *a: product(*a, narrow=narrow)).trace(*shapes, jax.ShapeDtypeStruct(outputs, jnp.float32))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("backend", ["fp8", "reference"])
+@pytest.mark.parametrize(("rows", "outputs", "dtype"), [((40,), (2, 320), jnp.float32), ((3, 17), (24,), jnp.bfloat16)])
+def test_rows_in_eight_bits_equal_the_equation(backend, rows, outputs, dtype):
+    """By NumPy's own rounding to eight bits; a row of zeros, and rows far from one."""
+    x, values, scale = operands(8, rows, 384, outputs, "fp8", dtype)
+    x = (x * 10.0 ** jnp.linspace(-6, 6, rows[-1])[:, None]).at[..., 5, :].set(0).astype(dtype)
+    wide = np.asarray(x, np.float32)
+    of_rows = np.maximum(np.abs(wide).max(-1, keepdims=True), np.float32(1e-30)) * np.float32(1 / 448)
+    true = direct((wide / of_rows).astype(ml_dtypes.float8_e4m3fn), values, scale)
+    turned = jnp.moveaxis(values, 0, -1)
+    ours = jax.jit(lambda *a: product(*a, narrow=True, backend=backend))(x, turned, scale)
+    assert ours.dtype == jnp.float32 and ours.shape == true.shape
+    ours = np.asarray(ours, np.float64) / of_rows.reshape(*rows, *(1,) * len(outputs))
+    # Sums of a chunk in bfloat16 are rounded once before they are scaled
+    np.testing.assert_allclose(ours, true, rtol=2.0**-8 if backend == "fp8" and dtype == jnp.bfloat16 else 0, atol=2e-6 * np.abs(true).max())
+    assert not ours[..., 5, :].any() if len(outputs) == 1 else not ours[5].any()
+
+
+def test_few_rows_of_a_weight_for_rows_in_eight_bits_stay_as_they_are():
+    x, values, scale = operands(9, (4, 8), 384, (2, 320), "fp8")
+    expect_equal(product(x, jnp.moveaxis(values, 0, -1), scale, narrow=True), x, values, scale)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3584, (2, 18944)), (18944, (3584,)), (1280, (2, 3420))])
+def test_a_prefill_in_eight_bits_multiplies_both_sides_as_they_are(inputs, outputs):
+    shapes = jax.ShapeDtypeStruct((1, 768, inputs), jnp.bfloat16), jax.ShapeDtypeStruct((*outputs, inputs), KINDS["fp8"])
+    traced = jax.jit(lambda *a: product(*a, narrow=True)).trace(*shapes, jax.ShapeDtypeStruct(outputs, jnp.float32))
+    lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "tpu")}
+    whole = "x".join(map(str, (*outputs, inputs)))
+    for platform, precision in (("cuda", "HIGHEST"), ("tpu", "DEFAULT")):
+        (dot,) = (line for line in lowered[platform].splitlines() if "stablehlo.dot_general" in line)
+        assert f"tensor<1x768x{inputs}xf8E4M3FN>, tensor<{whole}xf8E4M3FN>" in dot and f"precision = [{precision}, {precision}]" in dot
+        assert dot.endswith("xbf16>") and lowered[platform].count(f"tensor<{whole}x") == lowered[platform].count(f"tensor<{whole}xf8E4M3FN>")
 
 
 def test_what_a_prefill_runs_on_a_gpu_holds_no_wide_weight():

@@ -25,7 +25,7 @@ FLAGS = """
 --model DIR
 --weights DIR
 --dtype {float32,bfloat16}
---quantize {int8,fp8}
+--quantize {int8,fp8,fp8_products}
 --mesh data=N,tensor=N
 --no-compilation-cache
 --fps RATE 2.0

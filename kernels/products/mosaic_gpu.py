@@ -14,14 +14,15 @@ MULTIPROCESSORS, RESIDENT = 132, 2  # of an H100, and blocks on each, while shar
 MOST_ROWS = 32
 
 
-def check(x: jax.Array, values: jax.Array) -> None:
+def check(x: jax.Array, values: jax.Array, *, narrow: bool) -> None:
     """Unsupported names the reason."""
     from svlm_jax.kernels.products.mosaic_gpu_kernel import INPUTS, OUTPUTS
 
     if x.dtype != jnp.bfloat16:
         raise Unsupported(f"takes bfloat16, not {x.dtype}")
     one_device(values)
-    rows, inputs, outputs = math.prod(x.shape[:-1]), values.shape[0], math.prod(values.shape[1:])
+    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
+    outputs = math.prod(values.shape[:-1] if narrow else values.shape[1:])
     if not 1 <= rows <= MOST_ROWS:
         raise Unsupported(f"takes 1 to {MOST_ROWS} rows, not {rows}")
     if inputs % INPUTS or outputs % OUTPUTS or not inputs * outputs:
@@ -41,13 +42,14 @@ def _left_by(shapes) -> tuple[np.ndarray, np.ndarray]:
     return padded, np.array([[index < len(entries) for index in range(most)] for entries in found])
 
 
-def product_mosaic_gpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def product_mosaic_gpu(x: jax.Array, values: jax.Array, scale: jax.Array, *, narrow: bool = False) -> jax.Array:
     """See `api.product`."""
     from svlm_jax.kernels.products.mosaic_gpu_kernel import INPUTS, OUTPUTS, Shapes, multiply
 
     kept, cut = x.shape[:-1], scale.shape
-    x, values = x.reshape(-1, x.shape[-1]), values.reshape(values.shape[0], -1)
-    rows, (inputs, outputs) = x.shape[0], values.shape
+    inputs, outputs = x.shape[-1], math.prod(cut)
+    x, values = x.reshape(-1, inputs), values.reshape((outputs, inputs) if narrow else (inputs, outputs))
+    rows = x.shape[0]
     shapes = Shapes(
         rows=-(-rows // 8) * 8,
         inputs=inputs,
@@ -55,6 +57,7 @@ def product_mosaic_gpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax
         blocks=min(MULTIPROCESSORS * (RESIDENT if rows <= 24 else 1), inputs * outputs // (INPUTS * OUTPUTS)),
         stored=jnp.dtype(values.dtype),
         dtype=jnp.dtype(x.dtype),
+        turned=narrow,
     )
     sums = multiply(shapes, jnp.pad(x, ((0, shapes.rows - rows), (0, 0))), values)
     entries, exist = _left_by(shapes)

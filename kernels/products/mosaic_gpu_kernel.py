@@ -16,7 +16,7 @@ from jax import lax
 
 from svlm_jax.kernels.ring_attention.mosaic_gpu_kernel import ACC, load
 
-INPUTS, OUTPUTS = 128, 128  # of a tile: rows of the weight, and its columns
+INPUTS = OUTPUTS = SIDE = 128  # of a tile
 STAGES = 3
 HALF = 64  # rows of a tile that are converted at once
 
@@ -31,6 +31,7 @@ class Shapes:
     blocks: int
     stored: jnp.dtype  # of the weight
     dtype: jnp.dtype  # of what it is multiplied by
+    turned: bool = False  # the weight is [outputs, inputs]
 
     @property
     def tall(self) -> int:
@@ -59,7 +60,8 @@ def _multiply(shapes: Shapes, x_ref, weight_ref, sums_ref, x_smem, weight_smem, 
     def fetch(tile):
         slot = lax.rem(tile - start, jnp.int32(STAGES))
         inputs, outputs = pl.ds(lax.rem(tile, tall) * INPUTS, INPUTS), pl.ds(lax.div(tile, tall) * OUTPUTS, OUTPUTS)
-        plgpu.copy_gmem_to_smem(weight_ref.at[inputs, outputs], weight_smem.at[slot], ready.at[slot])
+        tile_of = (outputs, inputs) if shapes.turned else (inputs, outputs)
+        plgpu.copy_gmem_to_smem(weight_ref.at[tile_of], weight_smem.at[slot], ready.at[slot])
         plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_smem.at[slot], ready.at[slot])
 
     for ahead in range(STAGES):
@@ -75,11 +77,11 @@ def _multiply(shapes: Shapes, x_ref, weight_ref, sums_ref, x_smem, weight_smem, 
             def step(tile, _):
                 slot = lax.rem(tile - start, jnp.int32(STAGES))
                 plgpu.barrier_wait(ready.at[slot])
-                for top in range(0, INPUTS, HALF):  # registers hold no more
+                for top in range(0, SIDE, HALF):  # registers hold no more
                     half = pl.ds(top, HALF)
                     wide_smem[half] = _wide(load(weight_smem.at[slot, half], plgpu.Layout.WGMMA_UPCAST_2X), shapes.dtype)
                 plgpu.commit_smem()
-                plgpu.wgmma(acc, wide_smem.transpose((1, 0)), x_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(acc, wide_smem if shapes.turned else wide_smem.transpose((1, 0)), x_smem.at[slot].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 pl.when(tile + STAGES < stop)(lambda: fetch(tile + STAGES))
                 return ()
@@ -119,7 +121,7 @@ def multiply(shapes: Shapes, x: jax.Array, weight: jax.Array) -> jax.Array:
 
     Args:
       x: [rows, inputs].
-      weight: int8 or float8_e4m3fn [inputs, outputs].
+      weight: int8 or float8_e4m3fn [inputs, outputs], or the other way round.
 
     Returns:
       float32 [blocks, parts, OUTPUTS, rows]: what each block found of the outputs that its share touches, one tile of them after the
@@ -136,8 +138,8 @@ def multiply(shapes: Shapes, x: jax.Array, weight: jax.Array) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((shapes.blocks, shapes.parts, OUTPUTS, shapes.rows), jnp.float32),
         scratch_types=[
             plgpu.SMEM((STAGES, shapes.rows, INPUTS), shapes.dtype, transforms=wide),
-            plgpu.SMEM((STAGES, INPUTS, OUTPUTS), shapes.stored, transforms=narrow),
-            plgpu.SMEM((INPUTS, OUTPUTS), shapes.dtype, transforms=wide),
+            plgpu.SMEM((STAGES, SIDE, SIDE), shapes.stored, transforms=narrow),
+            plgpu.SMEM((SIDE, SIDE), shapes.dtype, transforms=wide),
             plgpu.SMEM((OUTPUTS, shapes.rows), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],

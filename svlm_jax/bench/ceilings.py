@@ -1,4 +1,4 @@
-"""What this device can do at best: a large copy and a large matrix product, measured in the run that is judged by them."""
+"""What this device can do at best: a large copy and large matrix products, measured in the run that is judged by them."""
 
 import dataclasses
 import statistics
@@ -19,14 +19,20 @@ class Ceilings:
 
     copy_tbps: float  # bytes read and written a second by a device copy
     matmul_tflops: float  # a square bfloat16 product of random numbers; a multiply-add is two operations
+    fp8_tflops: float | None = None  # the same product of float8_e4m3fn; None: not measured, and not looked at
 
     def times(self, devices: int) -> "Ceilings":
         """Of so many devices together, if nothing had to be sent."""
-        return Ceilings(self.copy_tbps * devices, self.matmul_tflops * devices)
+        fp8 = None if self.fp8_tflops is None else self.fp8_tflops * devices
+        return Ceilings(self.copy_tbps * devices, self.matmul_tflops * devices, fp8)
 
 
-def measure() -> Ceilings:
-    """Runs both on the default device: 1 GiB and 8192^3 on an accelerator, 64 MiB and 512^3 on a CPU. Frees what it allocates."""
+def measure(*, fp8: bool = False) -> Ceilings:
+    """Runs all on the default device: 1 GiB and 8192^3 on an accelerator, 64 MiB and 512^3 on a CPU. Frees what it allocates.
+
+    Args:
+      fp8: whether the rate of products in eight bits is measured too.
+    """
     small = jax.devices()[0].platform == "cpu"
     words, side, calls = (1 << 24, 512, 4) if small else (1 << 28, 8192, 20)
 
@@ -38,7 +44,13 @@ def measure() -> Ceilings:
     a, b = (jax.random.normal(key, (side, side), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul)
     seconds = _seconds(lambda: product(a, b), calls)
-    return Ceilings(copy_tbps, 2 * side**3 / seconds / 1e12)
+    matmul_tflops = 2 * side**3 / seconds / 1e12
+    if not fp8:
+        return Ceilings(copy_tbps, matmul_tflops)
+    a, b = a.astype(jnp.float8_e4m3fn), b.astype(jnp.float8_e4m3fn)
+    # Inputs last in both, as GPUs read eight bits
+    product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16))
+    return Ceilings(copy_tbps, matmul_tflops, 2 * side**3 / _seconds(lambda: product(a, b), calls) / 1e12)
 
 
 def _seconds(call: Callable[[], Array], calls: int) -> float:

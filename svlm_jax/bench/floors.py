@@ -21,22 +21,34 @@ class Work:
 
     bytes: float
     operations: float
+    narrow: float = 0.0  # operations of products in eight bits
 
     def milliseconds(self, ceilings: Ceilings) -> float:
-        return 1e3 * max(self.bytes / (ceilings.copy_tbps * 1e12), self.operations / (ceilings.matmul_tflops * 1e12))
+        computing = self.operations / ceilings.matmul_tflops + self.narrow / (ceilings.fp8_tflops or ceilings.matmul_tflops)
+        return 1e-9 * max(self.bytes / ceilings.copy_tbps, computing)
 
 
-def floors(spec: StreamSpec, ceilings: Ceilings, *, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None) -> dict[str, float]:
+def floors(
+    spec: StreamSpec,
+    ceilings: Ceilings,
+    *,
+    streams: int,
+    cached_tokens: float,
+    dtype: Any,
+    weight_dtype: Any = None,
+    narrow: bool = False,
+) -> dict[str, float]:
     """Milliseconds of each stage at least: vision, prefill, decode_step, first_word, round.
 
     Args:
       cached_tokens: valid slots of one stream at the end of a round.
       dtype: of the weights, and of keys and values that are not kept in eight bits.
       weight_dtype: of the decoder's products and the head, where they are kept in another.
+      narrow: whether vision's weights are kept so too, and the products of vision and prefill are in eight bits.
     """
     work = {
-        "vision": vision_work(spec, streams, dtype),
-        "prefill": prefill_work(spec, streams, cached_tokens, dtype, weight_dtype),
+        "vision": vision_work(spec, streams, dtype, weight_dtype if narrow else None),
+        "prefill": prefill_work(spec, streams, cached_tokens, dtype, weight_dtype, narrow=narrow),
         "decode_step": decode_work(spec, streams, cached_tokens, dtype, weight_dtype),
     }
     out = {name: w.milliseconds(ceilings) for name, w in work.items()}
@@ -46,21 +58,25 @@ def floors(spec: StreamSpec, ceilings: Ceilings, *, streams: int, cached_tokens:
     return out
 
 
-def vision_work(spec: StreamSpec, streams: int, dtype: Any) -> Work:
-    """Every grid (pair of frames) of a round through the tower."""
+def vision_work(spec: StreamSpec, streams: int, dtype: Any, weight_dtype: Any = None) -> Work:
+    """Every grid (pair of frames) of a round through the tower; with a `weight_dtype` the products of its blocks and its merger are in eight bits."""
     c, grids = spec.model.vision, spec.grid[0] * streams
     e, merge = c.hidden_size, c.spatial_merge_size**2
     patches = spec.grid[1] * spec.grid[2] * merge
-    products = c.depth * _block_parameters(c) + c.patch_features * e
+    blocks, embedding = c.depth * _block_parameters(c), c.patch_features * e
     merged = e * merge
     merger = merged * merged + merged * c.out_hidden_size
     window = patches if c.window_size is None else min((c.window_size // c.patch_size) ** 2, patches)
     attention = 4 * e * patches * sum(patches if c.sees_all(index) else window for index in range(c.depth))
-    operations = grids * (2 * patches * products + 2 * patches / merge * merger + attention)
-    return Work((products + merger) * jnp.dtype(dtype).itemsize, operations)
+    products = grids * (2 * patches * blocks + 2 * patches / merge * merger)
+    rest = grids * (2 * patches * embedding + attention)
+    size = (blocks + merger) * jnp.dtype(weight_dtype or dtype).itemsize + embedding * jnp.dtype(dtype).itemsize
+    return Work(size, rest + products) if weight_dtype is None else Work(size, rest, products)
 
 
-def prefill_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None) -> Work:
+def prefill_work(
+    spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None, *, narrow: bool = False
+) -> Work:
     """A round's chunk, its padding counted, through the decoder over what is cached, and one row through the head. Of the
     embedding a few rows are read, which count as nothing.
 
@@ -68,7 +84,7 @@ def prefill_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: An
     """
     before_turn = cached_tokens - (spec.stream.max_new_tokens - 1)
     rows = before_turn if spec.stream.mode == "recompute" else spec.cache.chunk_rows
-    return _decoder_work(spec, streams, rows, max(0.0, before_turn - rows), dtype, weight_dtype)
+    return _decoder_work(spec, streams, rows, max(0.0, before_turn - rows), dtype, weight_dtype, narrow=narrow)
 
 
 def decode_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any, weight_dtype: Any = None) -> Work:
@@ -76,14 +92,17 @@ def decode_work(spec: StreamSpec, streams: int, cached_tokens: float, dtype: Any
     return _decoder_work(spec, streams, 1, cached_tokens, dtype, weight_dtype)
 
 
-def _decoder_work(spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any, weight_dtype: Any) -> Work:
+def _decoder_work(
+    spec: StreamSpec, streams: int, rows: float, past: float, dtype: Any, weight_dtype: Any, *, narrow: bool = False
+) -> Work:
     t = spec.model.text
     layers, head_dim = t.num_hidden_layers, t.head_dim or 0
     cache = streams * past * slot_bytes(spec, dtype)
-    products = 2 * (rows * layers * layer_parameters(t) + t.vocab_size * t.hidden_size)
+    products, head = 2 * rows * layers * layer_parameters(t), 2 * t.vocab_size * t.hidden_size
     attention = 4 * t.num_attention_heads * head_dim * layers * rows * (past + rows / 2)
     weights = (layers * layer_parameters(t) + t.vocab_size * t.hidden_size) * jnp.dtype(weight_dtype or dtype).itemsize
-    return Work(weights + cache, streams * (products + attention))
+    rest = head + attention
+    return Work(weights + cache, streams * rest, streams * products) if narrow else Work(weights + cache, streams * (products + rest))
 
 
 def layer_parameters(t: TextConfig) -> int:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, nargs="*", default=[1, 8], help="also products of so many rows with weights of 8 bits; none: no products"
     )
     parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="of which weights (default: all)")
-    parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=["int8", "fp8"], help="kept as (default: both)")
+    parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=["int8", "fp8"], help="kept as (default: int8 and fp8)")
     parser.add_argument("--json", metavar="FILE", help="write the results: an object, or a list of several")
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     for slots in args.slots:
         if slots % 128 or slots <= WORDS:
             raise UserError(f"--slots must be a multiple of 128 above {WORDS}, not {slots}")
-    ceilings = measure_ceilings()
+    ceilings = measure_ceilings(fp8=bool(args.rows) and "fp8_products" in args.kind)
     print(f"ceilings: copy {ceilings.copy_tbps:.3g} TB/s, matrix product {ceilings.matmul_tflops:.4g} TFLOP/s", file=sys.stderr, flush=True)
     results: list[dict[str, Any]] = []
     title = ""
@@ -78,7 +78,7 @@ def _measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 COLUMNS = {"slots": 7, "tokens": 8, "streams": 9, "kv": 10}  # of attention, with their widths
-PRODUCT_COLUMNS = {"weight": 8, "rows": 6, "inputs": 8, "outputs": 9, "kind": 6}
+PRODUCT_COLUMNS = {"weight": 8, "rows": 6, "inputs": 8, "outputs": 9, "kind": 14}
 
 
 def columns(record: dict[str, Any]) -> dict[str, int]:
@@ -91,14 +91,15 @@ def heading(record: dict[str, Any]) -> str:
 
 def rated(record: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     """A record of `measure` or `measure_product` with every time also as rates, and as the floor's share of it."""
-    work = Work(record["bytes"], record["operations"])
+    operations = record["operations"]
+    work = Work(record["bytes"], 0.0, operations) if record.get("narrow") else Work(record["bytes"], operations)
     floor = 1e3 * work.milliseconds(ceilings)
 
     def rates(found: Any) -> Any:
         if not isinstance(found, dict) or "us" not in found:
             return found
         us, moved = found["us"], found.get("bytes", work.bytes)
-        return found | {"tbps": moved / us / 1e6, "tflops": work.operations / us / 1e6, "of_floor": floor / us}
+        return found | {"tbps": moved / us / 1e6, "tflops": operations / us / 1e6, "of_floor": floor / us}
 
     return {name: rates(found) for name, found in record.items()} | {"floor_us": floor}
 

@@ -56,7 +56,13 @@ from svlm_jax.streaming.prompt import encode_words
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params, UInt8
 
-WEIGHTS = {"bf16": (jnp.bfloat16, None), "f32": (jnp.float32, None), "int8": (jnp.bfloat16, "int8"), "fp8": (jnp.bfloat16, "fp8")}
+WEIGHTS = {  # of activations and what is not quantized; how the others are
+    "bf16": (jnp.bfloat16, None),
+    "f32": (jnp.float32, None),
+    "int8": (jnp.bfloat16, Quantization("int8")),
+    "fp8": (jnp.bfloat16, Quantization("fp8")),
+    "fp8_products": (jnp.bfloat16, Quantization("fp8_products")),
+}
 CLIP_SECONDS, CLIP_RATE = 12, 25
 SETTLED = 50  # rounds until the host's memory is looked at first
 PROGRESS_SECONDS = 5.0
@@ -131,7 +137,7 @@ def filler(tokenizer: Tokenizer, count: int) -> str:
 
 def load_model(name: str, weights: str, log: Log, mesh: Mesh | None = None) -> Model:
     """Random weights of a published size, or the checkpoint in a directory; turns cannot close."""
-    start, (dtype, kind) = time.perf_counter(), WEIGHTS[weights]
+    start, (dtype, quantization) = time.perf_counter(), WEIGHTS[weights]
     if name in MODELS:
         config, tokenizer = on_mesh(MODELS[name](), mesh), Tokenizer.load(Path(demo.__file__).with_name("tiny"))
         params = random_params(config, jax.random.key(0), dtype, mesh)
@@ -139,8 +145,8 @@ def load_model(name: str, weights: str, log: Log, mesh: Mesh | None = None) -> M
         found = load_checkpoint(name, dtype=dtype, mesh=mesh)
         config, tokenizer, params = found.config, found.tokenizer, found.params
     never_close(config, params, tokenizer.special("<|im_end|>"))
-    if kind is not None:
-        params = quantize(params, Quantization(kind))
+    if quantization is not None:
+        params = quantize(params, quantization)
     jax.block_until_ready(params)
     size = sum(a.size for a in jax.tree.leaves(params)) / 1e6
     log(f"{name} {weights}: {size:,.2f} million parameters in {time.perf_counter() - start:.1f} s")
@@ -392,10 +398,10 @@ def _run(
     tenth = max(1, count // 10)
     took, median_cached = milliseconds.pop("round"), float(np.median(cached))
     first_word = percentiles(milliseconds.pop("first_word"))
-    dtype, kind = WEIGHTS[model.weights]
-    eight = None if kind is None else KINDS[kind][0]
+    dtype, quantization = WEIGHTS[model.weights]
+    how = {} if quantization is None else {"weight_dtype": KINDS[quantization.stored][0], "narrow": quantization.narrow_rows}
     all_devices = ceilings.times(1 if engine.mesh is None else engine.mesh.size)
-    least = floors(engine.spec, all_devices, streams=load.streams, cached_tokens=median_cached, dtype=dtype, weight_dtype=eight)
+    least = floors(engine.spec, all_devices, streams=load.streams, cached_tokens=median_cached, dtype=dtype, **how)
     settings = dataclasses.asdict(load)
     return {
         **surroundings(),
@@ -417,7 +423,7 @@ def _run(
         "device_memory_growth_bytes": device_growth,
         "host_memory_growth": round_to(grown, 5),
         "late_over_early": round_to(float(np.median(took[-tenth:]) / np.median(took[:tenth])), 4),
-        "ceilings": {name: round_to(value, 4) for name, value in dataclasses.asdict(ceilings).items()},
+        "ceilings": {name: round_to(value, 4) for name, value in dataclasses.asdict(ceilings).items() if value is not None},
         "floor_ms": {name: round_to(value, 6) for name, value in least.items()},
     }
 
@@ -540,7 +546,8 @@ def run(args: argparse.Namespace) -> int:
     mesh = mesh_of_flag(args.mesh)
     for load in loads:
         check_streams(mesh, load.streams)
-    ceilings = None if args.plot else measure()
+    eight = WEIGHTS[args.weights][1]
+    ceilings = None if args.plot else measure(fp8=eight is not None and eight.narrow_rows)
     if ceilings:
         log(f"ceilings: copy {ceilings.copy_tbps:.3g} TB/s, matrix product {ceilings.matmul_tflops:.4g} TFLOP/s")
     model = load_model(args.model, args.weights, log, mesh)

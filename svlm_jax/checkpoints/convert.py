@@ -79,6 +79,8 @@ def convert(
         if small is not None:
             raise UserError("adapters alone are not written in eight bits: choose another dtype")
         return _adapters_alone(folder, read_config(folder), target, dtype)
+    if small is not None and small.stored != small.kind:
+        raise UserError(f"{small.kind} is how weights are used: convert them to {small.stored}, and start with --quantize {small.kind}")
     if small is not None and form == "hf":
         raise UserError("weights in eight bits are written in Orbax's form alone: leave --to hf out")
     form = form or ("orbax" if small is not None else "hf" if is_orbax(folder) or is_run(folder) else "orbax")

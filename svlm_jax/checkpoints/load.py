@@ -24,7 +24,7 @@ from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.heads import PARTS, repeat_compiled, repeated, repeats
-from svlm_jax.model.quantized import Quantization, as_quantization, quantize_weight
+from svlm_jax.model.quantized import Quantization, Quantized, as_quantization, narrowed, quantize_weight
 from svlm_jax.model.quantized import quantize as quantize_params
 from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.sharding import param_shardings
@@ -161,8 +161,8 @@ def load_params(
       stacked: whether the decoder's layers become one stacked layer.
       shardings: where parameters go: None (the default device), one `jax.Device` or `jax.sharding.Sharding` for all, or a
         tree of shardings like the parameters. Each shard is read on its own, from the bytes that it needs.
-      quantize: which weights to keep in eight bits, "int8" or "fp8" for the default ones: each is made so as soon as it is on
-        its devices. A checkpoint that holds them so already is read as it is.
+      quantize: which weights to keep in eight bits, "int8", "fp8" or "fp8_products" for the default ones: each is made so as soon as it
+        is on its devices. A checkpoint that holds them so already is read as it is.
       change: what becomes of each parameter once it is on its devices, before it is made eight bits.
       progress: called with (bytes done, bytes in total) after every parameter.
 
@@ -171,14 +171,17 @@ def load_params(
     places, wanted = _places(config, stacked, shardings), as_quantization(quantize)
     tied = config.text.tie_word_embeddings
 
-    def keep(path: Path_, array: Array) -> Any:
+    def keep(path: Path_, array: Any) -> Any:
+        if isinstance(array, Quantized):
+            axes = wanted.inputs(path, array.values.ndim, tied=tied) if wanted is not None and wanted.narrow(path) else None
+            return array if axes is None else narrowed(array, axes)
         array = array if change is None else change(path, array)
         axes = None if wanted is None else wanted.inputs(path, array.ndim, tied=tied)
-        return array if wanted is None or axes is None else quantize_weight(array, wanted.kind, axes)
+        return array if wanted is None or axes is None else quantize_weight(array, wanted.stored, axes, narrow=wanted.narrow(path))
 
     if is_orbax(Path(path)):
         kept = OrbaxSource(Path(path), config, dtype=dtype).quantization
-        if kept is not None and wanted not in (None, kept):
+        if kept is not None and wanted is not None and not (wanted.stored == kept.kind and set(kept.parts) <= set(wanted.parts)):
             parts = ", ".join(kept.parts)
             raise UserError(f"{path} holds {parts} in {kept.kind} already: leave the quantization out, or take the checkpoint before it")
         if kept is None and wanted is not None and stacked:  # layers are read one by one, and stacked at the end

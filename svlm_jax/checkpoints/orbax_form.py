@@ -27,10 +27,10 @@ from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import KINDS, Quantization, Quantized, cut, parts_of, quantize_weight, quantized_shapes
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
-from svlm_jax.types import Array, Params
+from svlm_jax.types import Params
 
 PARAMS = "params"
-Keep = Callable[[Path_, Array], Any]  # what is kept of a parameter that has been read
+Keep = Callable[[Path_, Any], Any]  # what is kept of a parameter that has been read: an array, or a weight in eight bits
 CHUNK_BYTES = 32 << 20
 VALUES, SCALE = "values", "scale"  # of a weight in eight bits
 GROUP_BYTES = 512 << 20  # of parameters read or written together
@@ -195,7 +195,7 @@ def load_orbax(
             if source.summed(path) is None:
                 _put(params, path, keep(path, found.pop(words)))
             else:
-                _put(params, path, Quantized(found.pop((*words, VALUES)), found.pop((*words, SCALE))))
+                _put(params, path, keep(path, Quantized(found.pop((*words, VALUES)), found.pop((*words, SCALE)))))
             done += nbytes(path)
         if progress is not None:
             progress(done, total)

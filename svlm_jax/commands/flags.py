@@ -70,8 +70,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face model directory, or a name on the Hub (default: the bundled one)")
     parser.add_argument("--weights", metavar="DIR", help="take the weights from here; config and tokenizer stay those of --model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and computation (default: as the weights are stored)")
-    eight = "keep the weights of the decoder's products and of the head in 8 bits, a scale for each output (default: off)"
-    parser.add_argument("--quantize", choices=("int8", "fp8"), help=eight)
+    eight = (
+        "keep the weights of the decoder's products and of the head in 8 bits, a scale for each output; "
+        "fp8_products: those of vision too, and multiply prefill and vision in 8 bits (default: off)"
+    )
+    parser.add_argument("--quantize", choices=("int8", "fp8", "fp8_products"), help=eight)
     add_mesh(parser)
 
 
