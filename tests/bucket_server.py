@@ -62,6 +62,7 @@ class Bucket:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are two writes
     server: Any
 
     def log_message(self, *_: Any) -> None:
@@ -193,7 +194,8 @@ class BucketServer:
         url = f"http://localhost:{self._server.server_address[1]}"
         self.environment = {
             **{"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url},
-            **{"NO_GCE_CHECK": "true", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},  # there is no account, and one kind of bucket
+            **{"NO_GCE_CHECK": "true", "FSSPEC_GS_TOKEN": "anon"},  # there is no account
+            **{"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},  # and one kind of bucket
         }
         return self
 
