@@ -11,9 +11,12 @@ import itertools
 import json
 import re
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 OBJECT = re.compile(
     r"(?:/download|/upload)?/storage/v1/b/(?P<bucket>[^/]+)(?:/o(?:/(?P<name>[^/]+))?)?(?:/rewriteTo/b/bucket/o/(?P<to>[^/]+))?$"
@@ -198,6 +201,20 @@ class BucketServer:
             **{"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},  # and one kind of bucket
         }
         return self
+
+    @contextlib.contextmanager
+    def used_here(self) -> Iterator[Bucket]:
+        """This process's own libraries ask the server too."""
+        import fsspec
+        import gcsfs
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # its environment is read once
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            yield self.bucket
+        gcsfs.GCSFileSystem.clear_instance_cache()
 
     def __exit__(self, *_: Any) -> None:
         self._server.shutdown()

@@ -31,14 +31,8 @@ CONFIG = CONFIGS["qwen2_5_vl"]
 @pytest.fixture(scope="module")
 def objects():
     """Of the bucket, by name: (generation, bytes)."""
-    import gcsfs
-
-    with BucketServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        gcsfs.GCSFileSystem.clear_instance_cache()
-        yield server.bucket.objects
-    gcsfs.GCSFileSystem.clear_instance_cache()
+    with BucketServer() as server, server.used_here() as bucket:
+        yield bucket.objects
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +90,8 @@ def test_any_form_is_looked_at_loaded_and_served_from_there(source, forms, capsy
 
 
 def test_a_shard_is_read_and_nothing_else(forms, source, monkeypatch):
-    """Of every parameter a quarter; what of it is neighbours in the file is asked for in one range, and all of it once."""
+    """Two quarters of parameters; what of them is neighbours in the file is asked for in one range, and all of it once."""
+    chosen = [("vision", "patch_embed"), ("text", "embedding"), ("text", "layers", "qkv"), ("text", "layers", "out")]
     asked: list[int] = []
     plain = BucketPath.read_bytes
 
@@ -108,7 +103,7 @@ def test_a_shard_is_read_and_nothing_else(forms, source, monkeypatch):
     monkeypatch.setattr(BucketPath, "read_bytes", noted)
     monkeypatch.setattr("svlm_jax.checkpoints.fetched.GAP_BYTES", 1)
     with ThreadPoolExecutor(2) as pool:
-        for target, local in zip(targets, locally, strict=True):
+        for target, local in ((a, b) for a, b in zip(targets, locally, strict=True) if a.path in chosen):
             axis = max(range(len(target.shape)), key=target.shape.__getitem__)
             size = target.shape[axis]
             quarters = [slice(start, start + size // 4) for start in (0, size // 2)]
@@ -128,7 +123,7 @@ def test_ranges_near_each_other_are_one():
     assert byte_ranges(shape, [box, box, (slice(2, 3), slice(0, 6), slice(4, 5))], 2, gap=1).tolist() == [
         *([80, 100], [128, 130], [138, 160], [168, 170], [178, 180])
     ]
-    assert byte_ranges((), [()], 4).tolist() == [[0, 4]] and byte_ranges((3, 0), [(slice(0, 3), slice(0, 0))], 4).tolist() == []
+    assert byte_ranges((3, 0), [(slice(0, 3), slice(0, 0))], 4, gap=1).tolist() == []
 
 
 def test_what_is_wrong_leaves_nothing(objects, tmp_path, forms, monkeypatch):

@@ -30,7 +30,7 @@ class Fetched:
         boxes = [tuple(slice(0, n) for n in shape)] if boxes is None else boxes
         dtype = np.dtype(f"<u{FLOATS[stored.dtype].itemsize}")
         content = np.empty(stored.nbytes, np.uint8)
-        parts = [part for start, end in byte_ranges(shape, boxes, dtype.itemsize) for part in _cut(int(start), int(end))]
+        parts = [part for start, end in byte_ranges(shape, boxes, dtype.itemsize, GAP_BYTES) for part in _cut(int(start), int(end))]
 
         def read(part: tuple[int, int]) -> None:
             start, end = part
@@ -55,7 +55,7 @@ def reader(path: Place) -> Mapped | Fetched:
     return Fetched() if is_remote(path) else Mapped()
 
 
-def byte_ranges(shape: tuple[int, ...], boxes: Sequence[Box], itemsize: int, gap: int = GAP_BYTES) -> Int[np.ndarray, "ranges 2"]:
+def byte_ranges(shape: tuple[int, ...], boxes: Sequence[Box], itemsize: int, gap: int) -> Int[np.ndarray, "ranges 2"]:
     """(start, end) of what has to be read of a row-major array for some boxes of it: in order, those less than `gap` bytes apart as one."""
     found = np.concatenate([np.zeros((0, 2), np.int64), *(_runs(shape, box) for box in boxes)]) * itemsize
     found = found[np.argsort(found[:, 0], kind="stable")]
