@@ -105,7 +105,7 @@ def train(config: RunConfig) -> TrainState:
     return state
 
 
-def first_state(trainer: Trainer, config: RunConfig, folder: Path | None) -> TrainState:
+def first_state(trainer: Trainer, config: RunConfig, folder: storage.Place | None) -> TrainState:
     """The state before the first step: weights read from `folder` or drawn, straight onto their devices."""
     key = jax.random.key(config.seed)
     init = jax.jit(trainer.init, out_shardings=trainer.shardings(), donate_argnums=0 if folder else ())

@@ -31,6 +31,7 @@ from svlm_jax.model.quantized import Quantization, as_quantization, quantized_sh
 from svlm_jax.model.qwen_vl import abstract_params, compute_dtype
 from svlm_jax.programs import Kind, Programs, check_memory, device_bytes, free_memory, size_text, tree_bytes
 from svlm_jax.sharding import param_shardings
+from svlm_jax.storage import Place
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.streaming.engine import Round as EngineRound
 from svlm_jax.streaming.placed import mesh_of, rows_sharding
@@ -49,7 +50,7 @@ def sample_clip() -> Path:
     return Path(__file__).parent / "demo" / "sample.mp4"
 
 
-def random_weights(folder: Path) -> bool:
+def random_weights(folder: Place) -> bool:
     """Whether the model's card says that it has learnt nothing."""
     with contextlib.suppress(OSError, ValueError):
         return "weights are random" in (folder / "README.md").read_text(encoding="utf-8")
@@ -60,8 +61,8 @@ def random_weights(folder: Path) -> bool:
 class Checkpoint:
     """A model that is known, and checked against its weight files' headers, but not in memory."""
 
-    path: Path
-    weights: Path
+    path: Place
+    weights: Place
     config: ModelConfig  # as it runs: on a mesh, key-value heads may be repeated
     stored: ModelConfig  # as the files have it
     tokenizer: Tokenizer
@@ -125,7 +126,7 @@ def load(
     mesh: Mesh | None = None,
     progress: checkpoint.Progress | None = None,
 ) -> LoadedModel:
-    """The model in a directory, of Hugging Face's form or Orbax's (or of that name on the Hub), ready for `stream`.
+    """The model in a directory or bucket, of Hugging Face's form or Orbax's (or of that name on the Hub), ready for `stream`.
 
     Args:
       path: None is the bundled model, which is tiny and has random weights: its words mean nothing.

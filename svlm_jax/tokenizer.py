@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place, at, local_copy
 
 # How Qwen2 and later cut text into pieces before merging (Qwen2 tokenization; digits come singly).
 QWEN2_PIECES = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -39,15 +39,15 @@ class Tokenizer:
         self._added = {token.content: id for id, token in inner.get_added_tokens_decoder().items()}
 
     @classmethod
-    def load(cls, model_dir: str | Path) -> "Tokenizer":
+    def load(cls, model_dir: str | Place) -> "Tokenizer":
         """The tokenizer beside a model's weights: `tokenizer.json`, or else `vocab.json` + `merges.txt` (+ `tokenizer_config.json`).
 
         Raises UserError where there is neither, or where the files cannot be read.
         """
-        folder = Path(model_dir)
+        folder = at(model_dir)
         try:
             if (folder / "tokenizer.json").is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder))
+                return cls(tokenizers.Tokenizer.from_file(str(local_copy(folder / "tokenizer.json"))), str(folder))
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 return cls(_from_vocabulary(folder), str(folder))
         except UserError:
@@ -92,9 +92,9 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
+def _from_vocabulary(folder: Place) -> tokenizers.Tokenizer:
     """The tokenizer of `vocab.json` and `merges.txt`, with the special tokens that `tokenizer_config.json` lists by id."""
-    inner = byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    inner = byte_level(models.BPE.from_file(str(local_copy(folder / "vocab.json")), str(local_copy(folder / "merges.txt"))))
     config = folder / "tokenizer_config.json"
     added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if config.is_file() else {}
     for id, token in sorted((int(id), token) for id, token in added.items()):

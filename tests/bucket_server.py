@@ -11,9 +11,12 @@ import itertools
 import json
 import re
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 OBJECT = re.compile(
     r"(?:/download|/upload)?/storage/v1/b/(?P<bucket>[^/]+)(?:/o(?:/(?P<name>[^/]+))?)?(?:/rewriteTo/b/bucket/o/(?P<to>[^/]+))?$"
@@ -62,6 +65,7 @@ class Bucket:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are two writes
     server: Any
 
     def log_message(self, *_: Any) -> None:
@@ -193,9 +197,24 @@ class BucketServer:
         url = f"http://localhost:{self._server.server_address[1]}"
         self.environment = {
             **{"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url},
-            **{"NO_GCE_CHECK": "true", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},  # there is no account, and one kind of bucket
+            **{"NO_GCE_CHECK": "true", "FSSPEC_GS_TOKEN": "anon"},  # there is no account
+            **{"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},  # and one kind of bucket
         }
         return self
+
+    @contextlib.contextmanager
+    def used_here(self) -> Iterator[Bucket]:
+        """This process's own libraries ask the server too."""
+        import fsspec
+        import gcsfs
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # its environment is read once
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            yield self.bucket
+        gcsfs.GCSFileSystem.clear_instance_cache()
 
     def __exit__(self, *_: Any) -> None:
         self._server.shutdown()

@@ -41,6 +41,7 @@ if jaxlib.version.__version_info__[:2] == (0, 10):  # a later XLA has one way to
 _caches = Path(tempfile.gettempdir()) / f"svlm-jax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
 os.environ["XDG_CACHE_HOME"] = str(_caches)
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs looks at it when it is imported; the bucket of tests is of one kind
 jaxtyping.install_import_hook(checked_modules(), "typecheck.checked")
 
 

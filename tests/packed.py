@@ -22,8 +22,11 @@ class Chunk:
     clips: tuple[np.ndarray, ...]  # uint8 [F, 3, height, width] each
 
 
-def chunk(*parts: int | tuple[int, int, int], seed: int, unit: int = 1, vocabulary: int = 256) -> Chunk:
-    """Parts are counts of random words (the last half of them labelled), or (frames, height, width) of a clip in pixels."""
+def chunk(*parts: int | tuple[int, int, int], seed: int, unit: int = 1, vocabulary: int = 256, side: int = 28) -> Chunk:
+    """Parts are counts of random words (the last half of them labelled), or (frames, height, width) of a clip in pixels.
+
+    A token covers side x side of them.
+    """
     rng = np.random.default_rng(seed)
     tokens, labels, positions, places, clips, end = [], [], [], [], [], 0
     for part in parts:
@@ -36,7 +39,7 @@ def chunk(*parts: int | tuple[int, int, int], seed: int, unit: int = 1, vocabula
             continue
         frames, height, width = part
         clips.append(rng.integers(0, 256, (frames, 3, height, width), dtype=np.uint8))
-        grid = (-(-frames // 2), height // 28, width // 28)
+        grid = (-(-frames // 2), height // side, width // side)
         places.extend(range(len(tokens), len(tokens) + int(np.prod(grid))))
         tokens.extend([1] * int(np.prod(grid)))
         labels.extend([IGNORED] * int(np.prod(grid)))
@@ -47,7 +50,7 @@ def chunk(*parts: int | tuple[int, int, int], seed: int, unit: int = 1, vocabula
 
 
 def _grids(config: ModelConfig, clip: np.ndarray):
-    """Each pair of frames in window order: (patches, coordinates, valid, merged token in each place or -1)."""
+    """Each pair of frames in windows: (patches, coordinates, valid, merged token in each place or -1)."""
     c, (frames, _, height, width) = config.vision, clip.shape
     if frames % 2:
         clip = np.concatenate([clip, clip[-1:]])
@@ -58,19 +61,34 @@ def _grids(config: ModelConfig, clip: np.ndarray):
     def processor_order(a):
         rest = a.shape[2:]
         a = a.reshape(height // side // 2, 2, width // side // 2, 2, *rest).swapaxes(1, 2)
-        return a.reshape(-1, *rest)[order.source].reshape(order.windows, order.window_patches, *rest)
+        return a.reshape(-1, *rest)[order.source]
+
+    def windows(a, fill=0):
+        """[patches or tokens, ...] in the tower's windows, or in a batch's where it has none."""
+        if c.window_size is not None:
+            return a.reshape(order.windows, len(a) // order.windows, *a.shape[1:])
+        size = window_patches(config) * len(a) // order.valid.size
+        full = np.full((-(-len(a) // size) * size, *a.shape[1:]), fill, a.dtype)
+        full[: len(a)] = a
+        return full.reshape(-1, size, *a.shape[1:])
 
     token = np.full(order.valid.size // 4, -1)
     token[order.restore] = np.arange(len(order.restore))
     for grid in pair:
         patches = processor_order(grid.reshape(height // side, width // side, -1))
-        yield patches, processor_order(np.stack([row, column], -1)), order.valid, token.reshape(order.windows, -1)
+        yield windows(patches), windows(processor_order(np.stack([row, column], -1))), windows(order.valid.reshape(-1)), windows(token, -1)
+
+
+def window_patches(config: ModelConfig) -> int:
+    """Patches of a window; 16 tokens of four each where the tower has none."""
+    c = config.vision
+    return 64 if c.window_size is None else (c.window_size // c.patch_size) ** 2
 
 
 def pack(config: ModelConfig, rows: list[list[Chunk]], *, tokens: int, bins: int, windows: int) -> Batch:
     """Rows of chunks, one after the other; grids go into the first bin of their row with room."""
     c = config.vision
-    p = (c.window_size // c.patch_size) ** 2
+    p = window_patches(config)
     shape = (len(rows), bins, windows, p)
     out = Batch(
         tokens=np.zeros((len(rows), tokens), np.int32),

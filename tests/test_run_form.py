@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small
 
 from svlm_jax import cli
 from svlm_jax.checkpoints.adapters import read_adapter
@@ -16,9 +17,11 @@ from svlm_jax.checkpoints.convert import convert
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.inspect import inspect
 from svlm_jax.checkpoints.load import find, load, load_params
+from svlm_jax.checkpoints.save import save_params
 from svlm_jax.configs.sft_tiny import config as sft_tiny
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
+from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.sharding import make_mesh, param_shardings
 from svlm_jax.training.checkpoint import Checkpoints, describe
 from svlm_jax.training.config import CheckpointConfig, as_json, override
@@ -60,6 +63,25 @@ def plain(tmp_path_factory):
 def adapted(tmp_path_factory):
     out = tmp_path_factory.mktemp("adapted") / "run"
     return out, *write(out, "step.lora.rank=4", "step.lora.alpha=8", "step.dtype=bfloat16")
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize(("family", "frozen"), [("qwen2_vl", "vision.*"), ("qwen3_vl", "()")])
+def test_a_run_of_any_family_is_a_model_of_it(family, frozen, tmp_path):
+    """Of towers without windows: a step on packed clips, stamped and deep ones too, with the tower frozen or not."""
+    from train import train
+
+    config, p = small.FAMILIES[family](1024), np.random.default_rng(0)
+    params = jax.tree.map(lambda a: p.normal(0, 0.05, a.shape).astype(np.float32), abstract_params(config))
+    weights = save_params(params, config, tmp_path / "weights", tokenizer_files_from=tiny_path())
+    where = [f"weights={weights}", f"out={tmp_path / 'run'}", f"step.frozen={frozen}", "data.loader.sample.layout=streaming"]
+    state = train(override(sft_tiny(), ["steps=1", *where]))
+    assert int(state.step) == 1 and int(state.skipped) == 0
+    found = load(tmp_path / "run")
+    assert dataclasses.replace(found.config, name="") == dataclasses.replace(config, name="")
+    changed = {path for path, before in flatten(params).items() if np.any(flatten(found.params)[path] != before)}
+    still = {path for path in flatten(params) if path.startswith("vision.")} if frozen != "()" else set()
+    assert changed == set(flatten(params)) - still
 
 
 def equal(ours, theirs):

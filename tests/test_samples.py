@@ -47,9 +47,9 @@ def qwen() -> Tokenizer:
     return oracle.tokenizer()
 
 
-def small_row(clip: Annotation, config: SampleConfig, size=(56, 84)):
+def small_row(clip: Annotation, config: SampleConfig, size=(56, 84), vision=VISION):
     tokenizer = small.tokenizer()
-    return lay_out(clip, config, size, tokenizer, PromptLayout.from_tokenizer(tokenizer), VISION)
+    return lay_out(clip, config, size, tokenizer, PromptLayout.from_tokenizer(tokenizer), vision)
 
 
 # What is said when
@@ -166,7 +166,7 @@ def test_published_cuts_the_block_of_the_previous_text(sink, sliding):
 # The streaming layout
 
 
-def forced_engine(monkeypatch, config: StreamConfig, turns: list[list[int]], **size):
+def forced_engine(monkeypatch, config: StreamConfig, turns: list[list[int]], **how):
     """An engine that says `turns`, one a round, whatever its logits are."""
     script = np.zeros((len(turns), config.max_new_tokens), np.int32)
     for index, ids in enumerate(turns):
@@ -175,7 +175,7 @@ def forced_engine(monkeypatch, config: StreamConfig, turns: list[list[int]], **s
     monkeypatch.setattr(step, "sample", lambda logits, seen, keys, count, config: table[count])
     fresh = {name: jax.jit(lambda *args, run=run: run(*args)) for name, run in (("ingest", step.ingest), ("decode", step.decode))}
     monkeypatch.setattr(engine_module, "compiled", {**engine_module.compiled, **fresh})
-    return small.engine(config, layers=0, **size)
+    return small.engine(config, layers=0, **how)
 
 
 def turns_of(row, p: PromptLayout) -> list[list[int]]:
@@ -198,6 +198,7 @@ CASES = {
     "scripts": (annotation([(99.7, "进球"), (100.4, "😀")], 99.5, 103.5, previous="前の 言葉", query="说"), {}),
     "eight frames a second": (annotation([(1.5, "red"), (2.5, "blue")]), {"fps": 8.0}),
     "three frames a second, the last turn short": (annotation([(1.5, "red")], end=3.5), {"fps": 3.0}),
+    "stamped": (annotation([(8.9, "red")], 7.5, 11.0, previous="Kick-off.", questions=(Question(0, 8, "Who?", "Blue."),)), {"fps": 3.0}),
 }
 
 
@@ -206,7 +207,9 @@ def test_a_streaming_row_is_the_engines_own_sequence(name, monkeypatch):
     """Tokens and positions of all that the engine has seen once it has said these words; and no label on what it did not say."""
     clip, changes = CASES[name]
     config = SampleConfig(layout="streaming", **{"text_sink": 512, "text_sliding": 512, **changes})
-    row = small_row(clip, config)
+    family = "qwen3_vl" if name == "stamped" else "qwen2_5_vl"
+    vision = small.FAMILIES[family](1024).vision
+    row = small_row(clip, config, (2 * vision.merged_patch_size, 3 * vision.merged_patch_size), vision)
     script = make_script(clip, config).turns
     p = PromptLayout.from_tokenizer(small.tokenizer())
     turns = turns_of(row, p)
@@ -221,7 +224,7 @@ def test_a_streaming_row_is_the_engines_own_sequence(name, monkeypatch):
         query=clip.query,
         previous_text=clip.previous,
     )
-    engine = forced_engine(monkeypatch, stream, turns)
+    engine = forced_engine(monkeypatch, stream, turns, family=family)
     engine.open(0)
     for index, turn in enumerate(script):
         said = engine.step(small.frames(engine, index), {0: (turn.start, turn.end)}, {0: turn.question} if turn.question else None)

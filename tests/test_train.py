@@ -27,6 +27,7 @@ from svlm_jax.configs.sft_tiny import annotations
 from svlm_jax.configs.sft_tiny import config as sft_tiny
 from svlm_jax.data.batch import IGNORED
 from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.training import hosts
 from svlm_jax.training.checkpoint import restore_params
@@ -116,15 +117,17 @@ def test_a_run_that_is_killed_and_one_told_to_end_go_on_bit_for_bit(whole):
 
 
 def test_a_run_that_lives_in_a_bucket_is_killed_and_goes_on_bit_for_bit(whole, tmp_path):
-    """Annotations, video, checkpoints and all else; the bucket is served over HTTP. What is copied from it is a run like any other."""
+    """Weights, annotations, video, checkpoints and all else; the bucket is served over HTTP. It is a run like any other there, and copied."""
     pytest.importorskip("gcsfs")
     with BucketServer() as server:
         objects = server.bucket.objects
         annotated = annotations(tmp_path).read_text().replace(str(sample_path()), "games/clip.mp4")
         server.bucket.put("data/a.jsonl", annotated.encode(), {})
         server.bucket.put("videos/games/clip.mp4", sample_path().read_bytes(), {})
+        for file in tiny_path().iterdir():
+            server.bucket.put(f"model/{file.name}", file.read_bytes(), {})
         places = ["path=gs://bucket/data/a.jsonl", "videos=gs://bucket/videos"]
-        settings = ["out=gs://bucket/run", *(f"data.datasets.sample.{place}" for place in places)]
+        settings = ["out=gs://bucket/run", "weights=gs://bucket/model", *(f"data.datasets.sample.{place}" for place in places)]
 
         def begin() -> subprocess.Popen:
             return start(whole.with_name("away"), *settings, environment=server.environment)
@@ -148,8 +151,10 @@ def test_a_run_that_lives_in_a_bucket_is_killed_and_goes_on_bit_for_bit(whole, t
                 file = copy / name.removeprefix("run/")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
+        with server.used_here():
+            ours = load("gs://bucket/run").params
     assert course(copy) == course(whole) and checkpoints(copy)[0] == [6, 8]
-    ours, theirs = load(copy).params, load(whole).params
+    theirs = load(whole).params
     np.testing.assert_array_equal(ours["text"]["layers"][0]["qkv"], theirs["text"]["layers"][0]["qkv"])
     again = json.loads((copy / "config.json").read_text())
     assert again["out"] == "gs://bucket/run" and (copy / "plots.png").is_file()

@@ -9,17 +9,18 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from svlm_jax.checkpoints.fetched import reader
 from svlm_jax.checkpoints.names import Piece, canonical, in_memory, name_table
 from svlm_jax.checkpoints.plan import PICKLES, Path_, some
-from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped, Outgoing, Stored, read_header, write_file
+from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, Stored, read_header, write_file
 from svlm_jax.checkpoints.staging import staged
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place, at
 from svlm_jax.types import Float
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,12 +44,12 @@ class LowRank:
 Adapter = Mapping[str, LowRank]  # by the canonical name of the weight
 
 
-def read_adapter(folder: str | Path, config: ModelConfig) -> dict[str, LowRank]:
+def read_adapter(folder: str | Place, config: ModelConfig) -> dict[str, LowRank]:
     """The adapter in `folder`, each half checked against the model that it is for.
 
     Raises UserError for what is missing, does not fit the model, or is more than a sum of low-rank products.
     """
-    folder = Path(folder).expanduser()
+    folder = at(folder).expanduser()
     stated = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = any(file.suffix in PICKLES for file in folder.iterdir())
@@ -63,7 +64,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> dict[str, LowRank]:
     unknown = {name for name in halves if len(shapes.get(name, ())) != 2}
     if unknown:
         raise UserError(f"{folder} adapts {some(unknown)}, which is no linear layer of this model: use the base model that it was trained on")
-    files, found = Mapped(), {}
+    files, found = reader(folder), {}
     for name, pair in halves.items():
         if pair.keys() != {"A", "B"}:
             raise UserError(f"{folder / WEIGHTS} has one half only of what is added to {name}: save the adapter again")
@@ -84,7 +85,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> dict[str, LowRank]:
     return found
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Place) -> dict[str, Any]:
     try:
         stated = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -130,7 +131,7 @@ class Merge:
         return parameter
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, *, base: str = "") -> Path:
+def save_adapter(adapter: Adapter, folder: str | Place, *, base: str = "") -> Place:
     """Writes the adapter as directory `folder`, which PEFT loads onto the base model; whole or not there.
 
     Ranks may differ from weight to weight.
@@ -166,7 +167,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, base: str = "") -> Pat
     for name, module in modules.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = adapter[name].a
         tensors[f"base_model.model.{module}.lora_B.weight"] = adapter[name].b
-    with staged(Path(folder)) as staging:
-        write_file(staging / WEIGHTS, [Outgoing(name, word, value.shape) for name, value in tensors.items()], tensors.values())
-        (staging / CONFIG).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
-    return Path(folder)
+    with staged(at(folder)) as staging:
+        write_file(staging.folder / WEIGHTS, [Outgoing(name, word, value.shape) for name, value in tensors.items()], tensors.values())
+        (staging.folder / CONFIG).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+    return at(folder)

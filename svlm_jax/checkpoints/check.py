@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from svlm_jax.checkpoints.save import Progress
 from svlm_jax.checkpoints.source import Parameters, open_source
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place
 from svlm_jax.types import Params
 
 TOLERANCE = 1e-3  # of a logit in float32
@@ -20,7 +20,7 @@ PROMPT_TOKENS = 24
 PICTURE = (84, 140)  # pixels
 
 
-def check(path: str | Path, *, progress: Progress | None = None) -> tuple[ModelConfig, int]:
+def check(path: str | Place, *, progress: Progress | None = None) -> tuple[ModelConfig, int]:
     """(sizes, number of parameters) of a checkpoint in which every tensor is accounted for and every number finite. Else UserError."""
     folder, _ = find(path)
     config = read_config(folder)
@@ -33,7 +33,7 @@ def check(path: str | Path, *, progress: Progress | None = None) -> tuple[ModelC
     return config, count
 
 
-def compare(path: str | Path, other: str | Path, *, progress: Progress | None = None) -> int:
+def compare(path: str | Place, other: str | Place, *, progress: Progress | None = None) -> int:
     """How many numbers the two have that differ in no bit (all of them). UserError names the first tensor that differs."""
     (one, _), (two, _) = find(path), find(other)
     config, theirs = (dataclasses.replace(read_config(folder), name="") for folder in (one, two))
@@ -60,7 +60,7 @@ def compare(path: str | Path, other: str | Path, *, progress: Progress | None = 
     return total // first.dtype.itemsize
 
 
-def compare_logits(path: str | Path, other: str | Path) -> float | None:
+def compare_logits(path: str | Place, other: str | Place) -> float | None:
     """The largest difference of a logit between the checkpoint here and `other`, of Hugging Face's form, in transformers; float32.
 
     The prompt is random tokens and one picture. None where PyTorch or transformers is not installed. UserError beyond `TOLERANCE`.

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -25,6 +25,7 @@ from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization, as_quantization, quantized_shapes
 from svlm_jax.model.qwen_vl import abstract_params
+from svlm_jax.storage import Place, at, is_remote
 
 Form = Literal["hf", "orbax", "peft"]
 TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "peft": "PEFT's form", "run": "a training run's form"}
@@ -34,7 +35,7 @@ TITLES = {"hf": "Hugging Face's form", "orbax": "Orbax's form", "peft": "PEFT's 
 class Converted:
     """What was written."""
 
-    path: Path
+    path: Place
     form: Form
     dtype: np.dtype
     parameters: int  # numbers
@@ -43,18 +44,18 @@ class Converted:
 
 
 def convert(
-    source: str | Path,
-    target: str | Path,
+    source: str | Place,
+    target: str | Place,
     *,
     form: Form | None = None,
     dtype: Any = None,
-    adapter: str | Path | None = None,
-    vision_from: str | Path | None = None,
+    adapter: str | Place | None = None,
+    vision_from: str | Place | None = None,
     quantize: str | Quantization | None = None,
     shard_bytes: float = 5e9,
     progress: Progress | None = None,
 ) -> Converted:
-    """Writes the checkpoint `source` as directory `target`, which is whole or not there.
+    """Writes the checkpoint `source` as directory `target`, which is whole or not there. Both may be in buckets.
 
     Args:
       source: a directory of either form, a training run's or one of its checkpoints, or a name on the Hub.
@@ -65,11 +66,11 @@ def convert(
       vision_from: where the source is text-only, and only there: the checkpoint that gives the vision tower, config.json, tokenizer and the like.
       quantize: which weights are kept in eight bits, "int8" or "fp8" for the default ones; in Orbax's form alone.
       shard_bytes: a safetensors file's size at most.
-      progress: called with (bytes done, bytes in total).
+      progress: called with (bytes done, bytes in total); bytes for a bucket count when they are written here, and when they are sent.
 
     Raises UserError for whatever is wrong with the source, or where the target exists or cannot be written.
     """
-    target = Path(target).expanduser()
+    target = at(target).expanduser()
     refuse_existing(target)
     folder, _ = find(source)
     small = as_quantization(quantize)
@@ -107,20 +108,24 @@ def convert(
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored)
     merge = None if adapter is None else Merge(read_adapter(adapter, config), config)
     parameters = Parameters(opened, config, merge)
-    with staged(target, need=total) as staging:
+    tally = _Tally(total * 2 if is_remote(target) else total, progress)
+    # Of what goes to a bucket, a file that is on its way and the next are here at once; Orbax's files are done when the last array is
+    room = min(total, 2 * int(shard_bytes)) if is_remote(target) and form == "hf" else total
+    with staged(target, need=room, sent=tally) as staging:
         if form == "orbax":
             groups = parameters.groups()
             if small is not None:
                 groups = (eight_bits(group, small, tied=config.text.tie_word_embeddings) for group in groups)
-            write_orbax(staging, _counted(groups, total, progress))
+            write_orbax(staging.folder, _counted(groups, tally))
         else:
-            write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, progress=progress)
-        copy_companions(described_in(about), staging)
-        write_json(staging / "config.json", _described(described_in(about), opened.dtype))
+            write_weights(parameters.get, config, staging, opened.dtype, shard_bytes=shard_bytes, written=tally)
+        copy_companions(described_in(about), staging.folder)
+        write_json(staging.folder / "config.json", _described(described_in(about), opened.dtype))
+    tally.finish()
     return Converted(target, form, opened.dtype, count, total, small)
 
 
-def _adapters_alone(folder: Path, config: ModelConfig, target: Path, dtype: Any) -> Converted:
+def _adapters_alone(folder: Place, config: ModelConfig, target: Place, dtype: Any) -> Converted:
     if not is_run(folder):
         raise UserError(f"{folder} is no training run's checkpoint: adapters in PEFT's form are made of a run with step.lora.rank above 0")
     kind = np.dtype(np.float32 if dtype is None else dtype)
@@ -136,18 +141,32 @@ def _adapters_alone(folder: Path, config: ModelConfig, target: Path, dtype: Any)
     return Converted(save_adapter(pairs, target, base=base_of(folder)), "peft", kind, count, count * kind.itemsize)
 
 
-def _counted(groups: Iterable[dict[Path_, np.ndarray]], total: int, progress: Progress | None) -> Iterator[dict[Path_, np.ndarray]]:
-    done = 0
+class _Tally:
+    """Bytes that are done, told one by one as they are; all of them at the end alone. Threads may tell at once."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self._total, self._progress, self._done, self._lock = total, progress, 0, threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self._done = min(self._done + count, self._total - 1)
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress(self._total, self._total)
+
+
+def _counted(groups: Iterable[dict[Path_, np.ndarray]], tally: _Tally) -> Iterator[dict[Path_, np.ndarray]]:
     for group in groups:
         size = sum(array.nbytes for array in group.values())
         yield group
         group.clear()
-        done += size
-        if progress is not None:
-            progress(done, total)
+        tally(size)
 
 
-def _described(folder: Path, dtype: np.dtype) -> dict[str, Any]:
+def _described(folder: Place, dtype: np.dtype) -> dict[str, Any]:
     """The source's config.json, with the dtype that the weights now have."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = [content, *(content[key] for key in ("text_config", "vision_config") if isinstance(content.get(key), dict))]

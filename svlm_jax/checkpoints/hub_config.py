@@ -4,12 +4,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from svlm_jax.checkpoints.run_form import described_in
 from svlm_jax.config import ModelConfig, TextConfig, VisionConfig
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place, at
 from svlm_jax.tokenizer import Tokenizer
 
 VISION_NORM_EPSILON = 1e-6  # transformers fixes it in code (Qwen2_5_VLVisionBlock and its like), so no config.json states it
@@ -35,7 +35,7 @@ class TokenIds:
 class _Fields:
     """Fields of one config.json, looked up in the given parts of it in turn."""
 
-    def __init__(self, file: Path, prefix: str, *parts: Mapping[str, Any]):
+    def __init__(self, file: Place, prefix: str, *parts: Mapping[str, Any]):
         self.file, self.prefix, self.parts = file, prefix, parts
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -66,7 +66,7 @@ class _Fields:
             raise UserError(f"{self.file} has {self.prefix}{name} = {value!r}, which is not supported: it must be {allowed[0]!r}")
 
 
-def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
+def read_config(path: str | Place, *, name: str | None = None) -> ModelConfig:
     """The sizes of the model in directory `path`, from its config.json (of a training run's checkpoint, from the run's).
 
     Args:
@@ -74,7 +74,7 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
 
     Raises UserError for a missing, unreadable or unsupported config.json; the message names the field and the file.
     """
-    folder = Path(path)
+    folder = at(path)
     file, raw = _read_json(folder)
     family = FAMILIES.get(raw.get("model_type"))  # type: ignore[arg-type]
     if raw.get("model_type") == TEXT_ONLY:
@@ -94,14 +94,14 @@ def read_config(path: str | Path, *, name: str | None = None) -> ModelConfig:
     return ModelConfig(family.read_vision(_Fields(file, "vision_config.", vision)), _text(text, family), name or folder.resolve().name)
 
 
-def is_text_only(folder: Path) -> bool:
+def is_text_only(folder: Place) -> bool:
     """Whether `folder` holds a model without a vision tower that a Qwen-VL model can have as its decoder."""
     return _read_json(folder)[1].get("model_type") == TEXT_ONLY
 
 
-def read_decoder(path: str | Path, rotations: TextConfig) -> TextConfig:
+def read_decoder(path: str | Place, rotations: TextConfig) -> TextConfig:
     """The sizes of a text-only model. What it has no word for, how its rotations are shared out to three axes, is as in `rotations`."""
-    file, raw = _read_json(Path(path))
+    file, raw = _read_json(at(path))
     fields = _Fields(file, "", raw)
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     rope = _Fields(file, "rope_scaling.", scaling)
@@ -116,7 +116,7 @@ def read_decoder(path: str | Path, rotations: TextConfig) -> TextConfig:
     return _decoder(fields, _Fields(file, "", scaling, raw), QWEN2_TEXT, rotations.mrope_section)
 
 
-def _read_json(folder: Path) -> tuple[Path, dict[str, Any]]:
+def _read_json(folder: Place) -> tuple[Place, dict[str, Any]]:
     """(file, content) of the config.json in `folder`. UserError where there is none, or it describes quantized weights."""
     file = described_in(folder) / "config.json"
     try:

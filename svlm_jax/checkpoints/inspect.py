@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 from svlm_jax.checkpoints.convert import TITLES
 from svlm_jax.checkpoints.hub_config import FAMILIES, family_of, read_config
@@ -15,6 +14,7 @@ from svlm_jax.checkpoints.source import open_source
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization
+from svlm_jax.storage import Place, size_of
 from svlm_jax.tokenizer import Tokenizer
 
 
@@ -22,7 +22,7 @@ from svlm_jax.tokenizer import Tokenizer
 class Inspected:
     """A checkpoint's description."""
 
-    path: Path
+    path: Place
     form: str
     family: str
     config: ModelConfig
@@ -36,7 +36,7 @@ class Inspected:
     tokenizer: str
 
 
-def inspect(path: str | Path) -> Inspected:
+def inspect(path: str | Place) -> Inspected:
     """Describes the checkpoint at `path`. UserError where it is none, or its parts do not belong together."""
     folder, _ = find(path)
     config = read_config(folder)
@@ -76,7 +76,7 @@ def inspect(path: str | Path) -> Inspected:
         sum(sizes.values()),
         sum(size for place, size in sizes.items() if place[0] == "vision"),
         dtypes,
-        tuple((str(file.relative_to(folder)), file.stat().st_size) for file in files),
+        tuple((str(file).removeprefix(f"{folder}/"), size_of(file)) for file in files),
         layout,
         sharding,
         opened.quantization,

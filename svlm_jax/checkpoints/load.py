@@ -1,12 +1,14 @@
 """Reads a checkpoint, in Hugging Face's form, Orbax's or a training run's, straight into the parameters' layout and sharding, without PyTorch.
 
-The host holds one parameter at a time (and the one before it, while that travels to its device), never the model.
+The host holds one parameter at a time (and the one before it, while that travels to its device), never the model. The directory may
+be in a bucket: then what the host's devices need of each tensor is read from there, and nothing is copied to a disk.
 """
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from svlm_jax.bucket_path import BucketPath
 from svlm_jax.checkpoints.copying import COPIERS, fill
+from svlm_jax.checkpoints.fetched import Fetched, reader
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.orbax_form import OrbaxSource, is_orbax, load_orbax
 from svlm_jax.checkpoints.plan import PICKLES, Path_, Target, leaves, plan, weight_files
 from svlm_jax.checkpoints.run_form import described_in, is_run, last_step, load_run
-from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped
+from svlm_jax.checkpoints.safetensors_file import FLOATS, Box, Mapped
+from svlm_jax.checkpoints.staging import refuse_unfinished
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.heads import PARTS, repeat_compiled, repeated, repeats
@@ -28,6 +33,7 @@ from svlm_jax.model.quantized import Quantization, Quantized, as_quantization, n
 from svlm_jax.model.quantized import quantize as quantize_params
 from svlm_jax.model.qwen_vl import abstract_params
 from svlm_jax.sharding import param_shardings
+from svlm_jax.storage import Place, at
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Array, Params
 
@@ -43,11 +49,11 @@ class LoadedModel:
     config: ModelConfig  # of `params`: on a mesh, key-value heads may be repeated
     params: Params
     tokenizer: Tokenizer
-    path: Path  # the directory it came from
+    path: Place  # the directory it came from
 
 
 def load(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: Any = None,
     stacked: bool = False,
@@ -83,7 +89,7 @@ def on_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> ModelConfi
 
 
 def load_on_mesh(
-    path: str | Path,
+    path: str | Place,
     config: ModelConfig,
     mesh: Mesh,
     *,
@@ -93,7 +99,7 @@ def load_on_mesh(
 ) -> Params:
     """The parameters of `on_mesh(config, mesh)`, cut over the mesh, from the checkpoint in directory `path`, whose config is `config`."""
     times, places = repeats(config, mesh.shape["tensor"]), dict(leaves(param_shardings(on_mesh(config, mesh), mesh)))
-    kept = OrbaxSource(Path(path), config, dtype=dtype).quantization if times > 1 and is_orbax(Path(path)) else None
+    kept = OrbaxSource(at(path), config, dtype=dtype).quantization if times > 1 and is_orbax(at(path)) else None
     if kept is not None:
         raise UserError(
             f"{path} holds weights in {kept.kind}, and the key-value heads of such weights are not repeated: choose tensor from the divisors of "
@@ -110,19 +116,23 @@ def load_on_mesh(
     )
 
 
-def find(path: str | Path) -> tuple[Path, str]:
+def find(path: str | Place) -> tuple[Place, str]:
     """(directory, model's name) of a checkpoint: a directory as it is; `org/name` through `huggingface_hub`, its cache first.
 
     A training run's directory is its last checkpoint.
     """
-    folder = Path(path).expanduser()
+    folder = at(path).expanduser()
+    if isinstance(folder, BucketPath):
+        refuse_unfinished(folder)
     if folder.is_dir():
         folder = last_step(folder)
         whole = folder.resolve()
         return folder, f"{whole.parent.parent.name}-{whole.name}" if is_run(folder) else whole.name
     name = str(path)
-    if folder.is_file() and folder.suffix in PICKLES:
+    if folder.suffix in PICKLES and folder.is_file():
         raise UserError(f"{name} is a pickle, which may run any code when it is opened: pass a directory with safetensors")
+    if isinstance(folder, BucketPath):
+        raise UserError(f"there is nothing in {name}: pass the directory that a Hugging Face model was uploaded to")
     if folder.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(f"{name} is not a directory: pass the one that a Hugging Face model was downloaded to")
     mend = f"download it (`hf download {name} --local-dir DIR`) and pass the directory"
@@ -144,7 +154,7 @@ def find(path: str | Path) -> tuple[Path, str]:
 
 
 def load_params(
-    path: str | Path,
+    path: str | Place,
     config: ModelConfig,
     *,
     dtype: Any = None,
@@ -179,20 +189,21 @@ def load_params(
         axes = None if wanted is None else wanted.inputs(path, array.ndim, tied=tied)
         return array if wanted is None or axes is None else quantize_weight(array, wanted.stored, axes, narrow=wanted.narrow(path))
 
-    if is_orbax(Path(path)):
-        kept = OrbaxSource(Path(path), config, dtype=dtype).quantization
+    folder = at(path)
+    if is_orbax(folder):
+        kept = OrbaxSource(folder, config, dtype=dtype).quantization
         if kept is not None and wanted is not None and not (wanted.stored == kept.kind and set(kept.parts) <= set(wanted.parts)):
             parts = ", ".join(kept.parts)
             raise UserError(f"{path} holds {parts} in {kept.kind} already: leave the quantization out, or take the checkpoint before it")
         if kept is None and wanted is not None and stacked:  # layers are read one by one, and stacked at the end
             whole = load_params(path, config, dtype=dtype, stacked=True, shardings=shardings, change=change, progress=progress)
             return quantize_params(whole, wanted)
-        return load_orbax(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
-    if is_run(Path(path)):
-        return load_run(Path(path), config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
-    targets = plan(Path(path), config, dtype=dtype, stacked=stacked)
+        return load_orbax(folder, config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
+    if is_run(folder):
+        return load_run(folder, config, dtype=dtype, stacked=stacked, places=places, progress=progress, keep=keep)
+    targets = plan(folder, config, dtype=dtype, stacked=stacked)
     params: Params = {}
-    total, done, files = sum(target.nbytes for target in targets), 0, Mapped()
+    total, done, files = sum(target.nbytes for target in targets), 0, reader(folder)
     previous: Array | None = None
     with ThreadPoolExecutor(COPIERS) as pool:
         for target in targets:
@@ -218,41 +229,57 @@ def _places(config: ModelConfig, stacked: bool, shardings: Any) -> dict[Path_, A
     return dict(leaves(jax.tree.map(lambda _, sharding: sharding, abstract, shardings)))
 
 
-def _fill(target: Target, sharding: jax.sharding.Sharding | None, files: Mapped, pool: Executor) -> Array:
-    """The parameter on its devices; one shard at a time is assembled on the host."""
+def _fill(target: Target, sharding: jax.sharding.Sharding | None, files: Mapped | Fetched, pool: Executor) -> Array:
+    """The parameter on its devices. Of files, one shard at a time is assembled on the host; of objects all of its own, to read each once."""
     if sharding is None:
-        return jax.device_put(assemble(target, tuple(slice(0, n) for n in target.shape), files, pool))
+        return jax.device_put(assemble(target, [whole(target.shape)], files, pool)[0])
     shards: dict[tuple, list[Any]] = {}  # devices by the box that they hold: replicas are read once
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         box = tuple(part.indices(n)[:2] for part, n in zip(index or (), target.shape, strict=True))
         shards.setdefault(box, []).append(device)
-    arrays = []
-    for box, devices in shards.items():
-        block = assemble(target, tuple(slice(*part) for part in box), files, pool)
+    arrays, boxes = [], [tuple(slice(*part) for part in box) for box in shards]
+    blocks = itertools.chain.from_iterable(assemble(target, some, files, pool) for some in ([[box] for box in boxes] if files.one_by_one else [boxes]))
+    for block, devices in zip(blocks, shards.values(), strict=True):
         arrays += [jax.device_put(block, device) for device in devices]
     return jax.make_array_from_single_device_arrays(target.shape, sharding, arrays)
 
 
-def assemble(target: Target, box: tuple[slice, ...], files: Mapped, pool: Executor) -> np.ndarray:
-    """The part `box` of a parameter, put together from its tensors."""
-    out = np.empty([part.stop - part.start for part in box], target.dtype)
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of an array."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def assemble(target: Target, boxes: Sequence[Box], files: Mapped | Fetched, pool: Executor) -> list[np.ndarray]:
+    """Parts of a parameter, put together from its tensors."""
+    out = [np.empty([part.stop - part.start for part in box], target.dtype) for box in boxes]
     for block in target.blocks:
         filled = block.box(target.shape)
-        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, filled, strict=True)]
-        if any(part.start >= part.stop for part in common):
+        shared = {i: common for i, box in enumerate(boxes) if (common := _intersection(box, filled)) is not None}
+        if not shared:
             continue
-        source = block.piece.load(files.tensor(block.stored))
-        if source.ndim < len(filled):  # one layer of a stacked parameter
-            source = source[None]
-        source = source[tuple(slice(part.start - b.start, part.stop - b.start) for part, b in zip(common, filled, strict=True))]
-        place = out[tuple(slice(part.start - b.start, part.stop - b.start) for part, b in zip(common, box, strict=True))]
-        stored = FLOATS[block.stored.dtype]
-        if stored == target.dtype:
-            place = place.view(source.dtype)  # plain integers, which are copied faster
-        else:
-            source = source.view(stored)
-        fill(place, source, pool, copied=functools.partial(files.release, block.stored))
+        piece, stored = block.piece, FLOATS[block.stored.dtype]
+        inner = {i: _within(common, filled)[len(filled) - len(piece.split) :] for i, common in shared.items()}  # without the layer's axis
+        source = piece.load(files.tensor(block.stored, piece.split, [piece.source_box(box) for box in inner.values()]))
+        for i, common in shared.items():
+            place, part = out[i][_within(common, boxes[i])], source[inner[i]]
+            place = place[(0,) * (place.ndim - part.ndim)]
+            if stored == target.dtype:
+                place = place.view(part.dtype)  # plain integers, which are copied faster
+            else:
+                part = part.view(stored)
+            fill(place, part, pool, copied=functools.partial(files.release, block.stored))
     return out
+
+
+def _intersection(one: Box, two: Box) -> Box | None:
+    """What both have; None where that is nothing."""
+    common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, two, strict=True))
+    return None if any(part.start >= part.stop for part in common) else common
+
+
+def _within(box: Box, outer: Box) -> Box:
+    """A part of `outer`, counted from where that begins."""
+    return tuple(slice(part.start - start.start, part.stop - start.start) for part, start in zip(box, outer, strict=True))
 
 
 def _put(params: Any, path: Path_, array: Any) -> None:

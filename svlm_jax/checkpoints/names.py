@@ -37,6 +37,10 @@ class Piece:
         """The block that `tensor` (source shape) fills; a view where possible."""
         return tensor.reshape(self.split).transpose(self.order)
 
+    def source_box(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
+        """A part of the block that the source tensor fills, as a part of that tensor in its axes taken apart (`split`)."""
+        return tuple(box[self.order.index(axis)] for axis in range(len(self.split)))
+
     def export(self, parameter: np.ndarray) -> np.ndarray:
         """The source tensor, out of the whole parameter."""
         return self.export_block(parameter[self.index] if self.index else parameter)

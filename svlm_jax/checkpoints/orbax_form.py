@@ -27,6 +27,7 @@ from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import KINDS, Quantization, Quantized, cut, parts_of, quantize_weight, quantized_shapes
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
+from svlm_jax.storage import Place, directory
 from svlm_jax.types import Params
 
 PARAMS = "params"
@@ -37,7 +38,7 @@ GROUP_BYTES = 512 << 20  # of parameters read or written together
 MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
 
 
-def is_orbax(folder: Path) -> bool:
+def is_orbax(folder: Place) -> bool:
     """Whether `folder` is a checkpoint in this form."""
     return (folder / PARAMS / MARK).is_file()
 
@@ -66,7 +67,7 @@ def library() -> Any:
 class OrbaxSource:
     """A checkpoint in Orbax's format, its shapes checked against the config, to be read in groups of parameters."""
 
-    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
+    def __init__(self, folder: Place, config: ModelConfig, *, dtype: Any = None):
         """Raises UserError naming the first parameter that is missing, unexpected or of another shape."""
         self.folder = folder
         stored = {_words(path): leaf for path, leaf in leaves(_metadata(folder))}
@@ -127,7 +128,7 @@ class OrbaxSource:
             return {path: whole(path).astype(self.dtype, copy=False) for path in paths}
 
 
-def _quantization(folder: Path, dtypes: Sequence[Any], parts: tuple[str, ...]) -> Quantization | None:
+def _quantization(folder: Place, dtypes: Sequence[Any], parts: tuple[str, ...]) -> Quantization | None:
     """What of the model is in eight bits, by the dtypes of the values."""
     if not dtypes:
         return None
@@ -144,7 +145,7 @@ def _apart(params: Any) -> Any:
     return {VALUES: params.values, SCALE: params.scale} if isinstance(params, Quantized) else params
 
 
-def array_metadata(folder: Path) -> list[Any]:
+def array_metadata(folder: Place) -> list[Any]:
     """Orbax's own, of every array."""
     return [leaf for _, leaf in leaves(_metadata(folder))]
 
@@ -161,7 +162,7 @@ def leaf_details(arrays: Iterable[Any]) -> list[tuple[np.dtype, int, int]]:
 
 
 def load_orbax(
-    folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
+    folder: Place, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
 ) -> Params:
     """The parameters of `folder` on their devices; each device's chunks alone are read.
 
@@ -247,7 +248,7 @@ def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int =
 def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None:
     """Writes arrays, asked for group by group, as `folder`/params. OSError where the disk cannot take them."""
     ocp = library()
-    target = (folder / PARAMS).absolute()
+    target = directory(folder / PARAMS)
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink, and what is not packed is read in place
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -267,11 +268,11 @@ def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None
             raise OSError(None, _reason(error)) from error
 
 
-def _metadata(folder: Path) -> Any:
+def _metadata(folder: Place) -> Any:
     ocp = library()
     try:
         with quiet():
-            tree = ocp.metadata((folder / PARAMS).absolute()).metadata
+            tree = ocp.metadata(directory(folder / PARAMS)).metadata
         if not isinstance(tree, dict):
             raise ValueError("its metadata names no parameters")
         return tree
@@ -279,13 +280,13 @@ def _metadata(folder: Path) -> Any:
         raise UserError(f"{folder / PARAMS} cannot be read ({_reason(error)}): convert or copy it again") from error
 
 
-def _read(folder: Path, tree: Params) -> Params:
+def _read(folder: Place, tree: Params) -> Params:
     ocp = library()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
         with quiet(), context:
-            return ocp.load((folder / PARAMS).absolute(), tree)
+            return ocp.load(directory(folder / PARAMS), tree)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "No such" not in str(error):
             raise

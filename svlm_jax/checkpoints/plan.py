@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from svlm_jax.checkpoints.fetched import reader
 from svlm_jax.checkpoints.names import Piece, canonical, name_table
-from svlm_jax.checkpoints.safetensors_file import FLOATS, Mapped, Stored, read_header
+from svlm_jax.checkpoints.safetensors_file import FLOATS, Stored, read_header
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params
+from svlm_jax.storage import Place
 from svlm_jax.types import Params
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,7 +59,7 @@ class Target:
         return sum(block.stored.nbytes for block in self.blocks)
 
 
-def plan(folder: Path, config: ModelConfig, *, dtype: Any = None, stacked: bool = False, tower: bool = True) -> list[Target]:
+def plan(folder: Place, config: ModelConfig, *, dtype: Any = None, stacked: bool = False, tower: bool = True) -> list[Target]:
     """Every parameter with its sources, each tensor used once and each block filled once.
 
     Args:
@@ -99,7 +101,7 @@ def leaves(tree: Params) -> Iterator[tuple[Path_, Any]]:
         yield tuple(key.key for key in path), leaf
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Place) -> list[Place]:
     """The safetensors files of the checkpoint. UserError where there are none, or a shard that the index names is missing."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -114,14 +116,14 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is not a directory: pass the one that a Hugging Face model was downloaded to")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds an adapter, not a model: merge it into its base model first (svlm convert BASE DST --adapter DIR)")
-    if any(folder.glob("*.safetensors")):
+    if any(file.suffix == ".safetensors" for file in folder.iterdir()):
         raise UserError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}: download the index as well")
     if any(file.suffix in PICKLES for file in folder.iterdir()):
         raise UserError(f"{folder} holds pickled PyTorch weights only, which are not read: save them as safetensors (save_pretrained does)")
     raise UserError(f"no weights in {folder}: it needs {SINGLE}, or {INDEX} and the files it names")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: Place) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
@@ -131,7 +133,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index} cannot be read ({type(error).__name__}: {error}): download it again") from error
 
 
-def tensors_of(folder: Path) -> dict[str, Stored]:
+def tensors_of(folder: Place) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its canonical name."""
     files = weight_files(folder)
     headers = {file.name: read_header(file) for file in files}
@@ -148,7 +150,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _check_names(wanted: set[str], tensors: dict[str, Stored], folder: Path) -> None:
+def _check_names(wanted: set[str], tensors: dict[str, Stored], folder: Place) -> None:
     for mark, family in MARKS.items():
         if mark in tensors and mark not in wanted:
             raise UserError(
@@ -179,7 +181,7 @@ def _check_tied(head: Stored, embedding: Stored | None) -> None:
         return  # what is wrong is found when the embedding is looked at
     same = head.shape == embedding.shape and head.dtype == embedding.dtype
     if same:
-        files = Mapped()
+        files = reader(head.file)
         one, two = files.tensor(head).reshape(-1), files.tensor(embedding).reshape(-1)
         for start in range(0, one.size, COMPARED_AT_ONCE):
             part = slice(start, start + COMPARED_AT_ONCE)

@@ -10,7 +10,6 @@ Arrays are read by slices, a layer at a time; adapters are added to their weight
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from svlm_jax.checkpoints.plan import Path_, leaves, some
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.qwen_vl import abstract_params
+from svlm_jax.storage import Place, directory, is_remote
 from svlm_jax.types import Params
 
 MODEL, CHECKPOINTS = "model", "checkpoints"  # in a run's directory
@@ -30,12 +30,12 @@ PARTS = ("trained", "frozen")
 HALVES = (".lora_a", ".lora_b")
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: Place) -> bool:
     """Whether `folder` is a whole checkpoint of a training run."""
     return (folder / PARTS[0]).is_dir() and (folder / MARK).is_file()
 
 
-def last_step(folder: Path) -> Path:
+def last_step(folder: Place) -> Place:
     """The last whole checkpoint, where `folder` is a run's directory or that of its checkpoints; else `folder` itself."""
     for place in (folder / CHECKPOINTS, folder):
         steps = [each for each in place.iterdir() if each.name.isdecimal() and is_run(each)] if place.is_dir() else []
@@ -44,7 +44,7 @@ def last_step(folder: Path) -> Path:
     return folder
 
 
-def described_in(folder: Path) -> Path:
+def described_in(folder: Place) -> Place:
     """Where config.json and tokenizer files of the checkpoint in `folder` are: beside the weights, but for a training run's."""
     if not is_run(folder) or (folder / "config.json").is_file():
         return folder
@@ -56,7 +56,7 @@ class RunSource:
 
     quantization = None
 
-    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None):
+    def __init__(self, folder: Place, config: ModelConfig, *, dtype: Any = None):
         """Raises UserError naming the first parameter that is missing, unexpected or of another shape."""
         self.folder, self._config = folder, config
         self.arrays: dict[str, tuple[str, tuple[int, ...], np.dtype]] = {}  # by dotted path: part, shape, dtype
@@ -130,7 +130,8 @@ class RunSource:
 
         try:
             if name not in self._open:
-                base = f"file://{(self.folder / self.arrays[name][0]).resolve()}"
+                part = (self.folder / self.arrays[name][0]).resolve()
+                base = str(part) if is_remote(part) else f"file://{part}"
                 spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base}, "path": name}
                 self._open[name] = tensorstore.open(spec, open=True).result()
             return np.asarray(self._open[name][index or ...].read().result())
@@ -139,7 +140,7 @@ class RunSource:
 
 
 def load_run(
-    folder: Path, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
+    folder: Place, config: ModelConfig, *, dtype: Any, stacked: bool, places: Mapping[Path_, Any], keep: Keep, progress: Any = None
 ) -> Params:
     """The parameters of `folder` on their devices; each device's part alone is read (of adapted weights a layer at a time).
 
@@ -167,13 +168,13 @@ def load_run(
     return params
 
 
-def files_of(folder: Path) -> Iterator[Path]:
+def files_of(folder: Place) -> Iterator[Place]:
     """The files that hold the parameters."""
     for part in PARTS:
         yield from sorted(file for file in (folder / part).rglob("*") if file.is_file())
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Place) -> dict[str, Any]:
     if not folder.is_dir():  # nothing is frozen
         return {}
     library()  # or a word on what to install
@@ -181,18 +182,18 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
     try:
         with quiet(), ocp.StandardCheckpointer() as reader:
-            found: Any = reader.metadata(folder.resolve())
+            found: Any = reader.metadata(directory(folder))
         return dict(getattr(found, "item_metadata", found))
     except (ValueError, KeyError, OSError, TypeError) as error:  # the last where it names no arrays
         raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}): copy the checkpoint again") from error
 
 
-def settings_of(folder: Path) -> Path:
+def settings_of(folder: Place) -> Place:
     """Where the settings are of the run that the checkpoint in `folder` belongs to."""
     return folder.resolve().parent.parent / "config.json"
 
 
-def base_of(folder: Path) -> str:
+def base_of(folder: Place) -> str:
     """The weights that the run of a checkpoint began with, a name or a directory; "" where that is not known."""
     try:
         return str(json.loads(settings_of(folder).read_text(encoding="utf-8"))["weights"])
@@ -200,7 +201,7 @@ def base_of(folder: Path) -> str:
         return ""
 
 
-def _adapter_scale(folder: Path) -> float:
+def _adapter_scale(folder: Place) -> float:
     file = settings_of(folder)
     try:
         lora = json.loads(file.read_text(encoding="utf-8"))["step"]["lora"]

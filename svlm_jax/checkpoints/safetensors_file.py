@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,7 @@ import numpy as np
 
 from svlm_jax.checkpoints.copying import COPIERS, contiguous
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place, read_range, size_of
 
 FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -30,6 +31,7 @@ FLOATS = {
     "F64": np.dtype(np.float64),
 }
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+Box = tuple[slice, ...]  # one slice an axis, with a start and a stop
 WRITTEN_AT_ONCE = 64 << 20  # bytes
 FLUSHED_FROM = 32 << 20  # bytes
 
@@ -41,25 +43,23 @@ class Stored:
     name: str
     dtype: str  # the format's word: BF16, F32, ...
     shape: tuple[int, ...]
-    file: Path
+    file: Place
     start: int  # bytes from the start of the file
     nbytes: int
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Place) -> dict[str, Stored]:
     """Every tensor of `file` by name. UserError where the file is cut short, or is not safetensors at all."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as source:
-            head = source.read(8)
-            length = int.from_bytes(head, "little")
-            if head == b"version ":
-                raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file itself")
-            if size < 8 or (length <= LONGEST_HEADER and size < 8 + length):
-                raise UserError(f"{file} is cut short within its header ({size} bytes): download it again")
-            if length > LONGEST_HEADER:
-                raise UserError(f"{file} is not a safetensors file: download it again")
-            header = json.loads(source.read(length))
+        size, head = size_of(file), read_range(file, 0, 8)
+        length = int.from_bytes(head, "little")
+        if head == b"version ":
+            raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file itself")
+        if size < 8 or (length <= LONGEST_HEADER and size < 8 + length):
+            raise UserError(f"{file} is cut short within its header ({size} bytes): download it again")
+        if length > LONGEST_HEADER:
+            raise UserError(f"{file} is not a safetensors file: download it again")
+        header = json.loads(read_range(file, 8, 8 + length))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}): check that it exists and that you may read it") from error
     except ValueError as error:
@@ -80,7 +80,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _stored(name: str, entry: dict, file: Path, data: int) -> Stored:
+def _stored(name: str, entry: dict, file: Place, data: int) -> Stored:
     start, end = (int(offset) for offset in entry["data_offsets"])
     shape = tuple(int(n) for n in entry["shape"])
     if start < 0 or end < start or min(shape, default=0) < 0:
@@ -93,19 +93,26 @@ def _stored(name: str, entry: dict, file: Path, data: int) -> Stored:
 class Mapped:
     """Read-only views of tensors in files. Only the bytes that are touched are read, and `release` forgets them again."""
 
-    def __init__(self):
-        self._maps: dict[Path, mmap.mmap] = {}
+    one_by_one = True  # whether boxes of a tensor are better asked for one after the other than together
 
-    def tensor(self, stored: Stored) -> np.ndarray:
-        """The tensor, as unsigned integers of its width: NumPy copies those several times faster than its extension types."""
-        width = FLOATS[stored.dtype].itemsize
+    def __init__(self):
+        self._maps: dict[Place, mmap.mmap] = {}
+
+    def tensor(self, stored: Stored, shape: tuple[int, ...] | None = None, boxes: Sequence[Box] | None = None) -> np.ndarray:
+        """The tensor as unsigned integers of its width: NumPy copies those several times faster than its extension types.
+
+        Args:
+          shape: that it gets; its own by default.
+          boxes: parts of that shape, the only ones that are going to be looked at; all of it by default.
+        """
+        shape, width = stored.shape if shape is None else shape, FLOATS[stored.dtype].itemsize
         if not stored.nbytes:
-            return np.empty(stored.shape, f"<u{width}")
+            return np.empty(shape, f"<u{width}")
         if stored.file not in self._maps:
             with open(stored.file, "rb") as source:
                 self._maps[stored.file] = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
         flat = np.frombuffer(self._maps[stored.file], f"<u{width}", stored.nbytes // width, stored.start)
-        return flat.reshape(stored.shape)
+        return flat.reshape(shape)
 
     def release(self, stored: Stored) -> None:
         """Takes the tensor's pages out of this process's memory; a later view reads them again."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from svlm_jax.checkpoints.hub_config import FAMILIES, TokenIds, family_of, write
 from svlm_jax.checkpoints.names import Index, Piece, in_memory, name_table
 from svlm_jax.checkpoints.plan import INDEX, SINGLE, Path_, leaves
 from svlm_jax.checkpoints.safetensors_file import FLOATS, Outgoing, write_file
-from svlm_jax.checkpoints.staging import refuse_existing, staged
+from svlm_jax.checkpoints.staging import Staging, refuse_existing, staged
 from svlm_jax.checkpoints.stream_settings import FILE as STREAM_SETTINGS
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import is_quantized
 from svlm_jax.model.qwen_vl import abstract_params, is_stacked
+from svlm_jax.storage import Place, at
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Params
 
@@ -35,14 +35,15 @@ COMPANIONS = (  # beside the weights: tokenizer, prompt template, image processo
 def save_params(
     params: Params,
     config: ModelConfig,
-    path: str | Path,
+    path: str | Place,
     *,
-    tokenizer_files_from: str | Path | None = None,
+    tokenizer_files_from: str | Place | None = None,
     shard_bytes: float = 5e9,
-) -> Path:
+) -> Place:
     """Writes the parameters, stacked or not, as directory `path`: Hub names, safetensors, config.json, tokenizer files.
 
-    All is written beside `path` and renamed at the end: `path` is whole or not there. The host holds one tensor at a time.
+    All is written beside `path` and renamed at the end: `path` is whole or not there; it may be in a bucket. The host holds one tensor
+    at a time.
 
     Args:
       tokenizer_files_from: a checkpoint's directory whose tokenizer, template, processor and generation files are copied, and
@@ -51,26 +52,27 @@ def save_params(
 
     Raises UserError where `path` exists, or cannot be written, or parameters and config do not match.
     """
-    folder = Path(path)
+    folder = at(path)
     refuse_existing(folder)
     if is_quantized(params):
         raise UserError("quantized weights are not saved, but made anew at every start: save the parameters as they were loaded, not quantized")
     dtype = _check(params, config)
-    source = None if tokenizer_files_from is None else Path(tokenizer_files_from)
+    source = None if tokenizer_files_from is None else at(tokenizer_files_from)
     described = write_config(config, TokenIds.of(Tokenizer.load(source)) if source else None, dtype=dtype.name)
     with staged(folder) as staging:
-        write_weights(dict(leaves(params)).__getitem__, config, staging, dtype, shard_bytes=shard_bytes, stacked=is_stacked(params))
+        parameter = dict(leaves(params)).__getitem__
+        write_weights(parameter, config, staging, dtype, shard_bytes=shard_bytes, stacked=is_stacked(params))
         if source is not None:
-            copy_companions(source, staging)
-        write_json(staging / "config.json", described)
+            copy_companions(source, staging.folder)
+        write_json(staging.folder / "config.json", described)
     return folder
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Place, folder: Path) -> None:
     """Copies what lies beside the weights: tokenizer, template, processor, sampling defaults, terms."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def _check(params: Params, config: ModelConfig) -> np.dtype:
@@ -92,19 +94,19 @@ def _check(params: Params, config: ModelConfig) -> np.dtype:
 def write_weights(
     parameter: Callable[[Path_], Any],
     config: ModelConfig,
-    folder: Path,
+    staging: Staging,
     dtype: np.dtype,
     *,
     shard_bytes: float,
     stacked: bool = False,
-    progress: Progress | None = None,
+    written: Callable[[int], None] | None = None,
 ) -> None:
     """Writes safetensors files, and their index where there are several.
 
     Args:
       parameter: gives each parameter. They are asked for in the order of the name table, those of a layer together.
       dtype: what they are.
-      progress: called with (bytes done, bytes in total) after every tensor.
+      written: is told the bytes of each part.
     """
     word = next(word for word, floats in FLOATS.items() if floats == dtype)
     pieces = name_table(config, stacked=stacked)
@@ -119,19 +121,13 @@ def write_weights(
         held += size
     spelt = in_memory if FAMILIES[family_of(config)].spelt_as_in_memory else str
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    done, total = 0, sum(sizes)
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, [Outgoing(spelt(p.name), word, p.source_shape) for p in shard], _values(shard, parameter), written=tell)
+        file = staging.folder / name
+        write_file(file, [Outgoing(spelt(p.name), word, p.source_shape) for p in shard], _values(shard, parameter), written=written)
+        staging.settle(file)
     if len(shards) > 1:
         weight_map = {spelt(piece.name): name for name, shard in zip(names, shards, strict=True) for piece in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(staging.folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _values(pieces: list[Piece], parameter: Callable[[Path_], Any]) -> Iterator[np.ndarray]:

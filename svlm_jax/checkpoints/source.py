@@ -3,21 +3,21 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from svlm_jax.checkpoints.copying import COPIERS
-from svlm_jax.checkpoints.load import assemble
+from svlm_jax.checkpoints.fetched import reader
+from svlm_jax.checkpoints.load import assemble, whole
 from svlm_jax.checkpoints.names import Piece, name_table
 from svlm_jax.checkpoints.orbax_form import GROUP_BYTES, OrbaxSource, grouped, is_orbax
 from svlm_jax.checkpoints.plan import Path_, plan
 from svlm_jax.checkpoints.run_form import RunSource, is_run
-from svlm_jax.checkpoints.safetensors_file import Mapped
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization
+from svlm_jax.storage import Place
 
 COMPARED_AT_ONCE = 1 << 20  # numbers, which fit into the cache
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
@@ -28,16 +28,16 @@ class HubSource:
 
     quantization = None
 
-    def __init__(self, folder: Path, config: ModelConfig, *, dtype: Any = None, tower: bool = True):
+    def __init__(self, folder: Place, config: ModelConfig, *, dtype: Any = None, tower: bool = True):
         self._targets = {target.path: target for target in plan(folder, config, dtype=dtype, tower=tower)}
         self.shapes = {path: target.shape for path, target in self._targets.items()}
         self.dtype = next(iter(self._targets.values())).dtype
-        self._files = Mapped()
+        self._files = reader(folder)
 
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`."""
         with ThreadPoolExecutor(COPIERS) as pool:
-            return {path: assemble(self._targets[path], tuple(slice(0, n) for n in self.shapes[path]), self._files, pool) for path in paths}
+            return {path: assemble(self._targets[path], [whole(self.shapes[path])], self._files, pool)[0] for path in paths}
 
 
 @runtime_checkable
@@ -56,7 +56,7 @@ class Source(Protocol):
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]: ...
 
 
-def open_source(folder: Path, config: ModelConfig, *, dtype: Any = None) -> Source:
+def open_source(folder: Place, config: ModelConfig, *, dtype: Any = None) -> Source:
     """The checkpoint in `folder`, with every tensor accounted for and none read. UserError for what is wrong with it."""
     kind = OrbaxSource if is_orbax(folder) else RunSource if is_run(folder) else HubSource
     return kind(folder, config, dtype=dtype)

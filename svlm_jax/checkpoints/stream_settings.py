@@ -12,11 +12,12 @@ from typing import Any
 
 from svlm_jax.config import StreamConfig
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place
 
 FILE = "streaming.json"
 
 
-def read_stream_settings(folder: Path) -> dict[str, Any]:
+def read_stream_settings(folder: Place) -> dict[str, Any]:
     """The settings beside the weights; none where there is no file. UserError for a file that is none, or names what is no setting."""
     file = folder / FILE
     if not file.is_file():

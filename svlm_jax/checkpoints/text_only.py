@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from svlm_jax.checkpoints.plan import Path_
 from svlm_jax.checkpoints.source import HubSource, Source
 from svlm_jax.config import ModelConfig
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place
 
 
 class TextWithTower:
@@ -19,7 +19,7 @@ class TextWithTower:
 
     quantization = None
 
-    def __init__(self, folder: Path, tower: Source, config: ModelConfig, *, dtype: Any = None):
+    def __init__(self, folder: Place, tower: Source, config: ModelConfig, *, dtype: Any = None):
         """Raises UserError where the decoder is not of the size that `config` (the tower's) calls for.
 
         Args:

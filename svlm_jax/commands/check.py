@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "check", help=SUMMARY, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("path", metavar="PATH", help="a checkpoint's directory, of Hugging Face's or Orbax's form, or a name on the Hub")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint's directory, of Hugging Face's or Orbax's form, or a name on the Hub; local or gs://")
     parser.add_argument("--against", metavar="HF_DIR", help="another checkpoint, which must be the same")
 
 
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from svlm_jax.checkpoints.load import find
     from svlm_jax.checkpoints.orbax_form import is_orbax
     from svlm_jax.checkpoints.run_form import is_run
+    from svlm_jax.storage import is_remote
 
     with ProgressLine("checked") as progress:
         _, count = check(args.path, progress=progress)
@@ -36,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
         same = compare(args.path, args.against, progress=progress)
     print(f"all {same:,} numbers are those of {args.against}, bit for bit")
     against = find(args.against)[0]
-    if is_orbax(against) or is_run(against):
-        print("logits were not compared: transformers reads Hugging Face's form alone")
+    if is_orbax(against) or is_run(against) or is_remote(against):
+        print("logits were not compared: transformers reads Hugging Face's form alone, and no buckets")
         return 0
     worst = compare_logits(args.path, args.against)
     print("logits were not compared: PyTorch is not installed" if worst is None else f"logits differ from transformers' by {worst:.1e} at most")

@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert", help=SUMMARY, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory, of either form, a training run's, or a name on the Hub")
-    parser.add_argument("target", metavar="DST", help="the directory to write, which must not exist")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's directory, of either form, a training run's, or a name on the Hub; local or gs://")
+    parser.add_argument("target", metavar="DST", help="the directory to write, which must not exist; local or gs://")
     parser.add_argument("--to", choices=("hf", "orbax", "peft"), help="the form of DST (default: the one that SRC does not have)")
     kinds = ("bfloat16", "float16", "float32", "int8", "fp8")
     parser.add_argument("--dtype", choices=kinds, help="of the tensors (default: as they are); int8 and fp8: of the decoder's and the head's weights")

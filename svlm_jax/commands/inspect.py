@@ -9,7 +9,7 @@ SUMMARY = "say what a checkpoint is: family, sizes, dtypes, files"
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("inspect", help=SUMMARY, description=f"{SUMMARY.capitalize()}. Nothing large is read.", allow_abbrev=False)
-    parser.add_argument("path", metavar="PATH", help="a checkpoint's directory, of Hugging Face's or Orbax's form, or a name on the Hub")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint's directory, of Hugging Face's or Orbax's form, or a name on the Hub; local or gs://")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import Annotation, AnnotationFile, UnusableRow, parse_annotation
 from svlm_jax.data.packing import Loaded
 from svlm_jax.data.patches import grid_order, window_patches
-from svlm_jax.data.resize import MAX_PIXELS
+from svlm_jax.data.resize import FACTOR, MAX_PIXELS
 from svlm_jax.data.samples import SampleConfig, lay_out, make_script
 from svlm_jax.data.video import TruncatedVideo, read_rounds
 from svlm_jax.errors import UserError
@@ -76,8 +76,13 @@ class FrameCache:
                 self.size -= self._items.popitem(last=False)[1].nbytes
 
 
-def read_clip(path: str, annotation: Annotation, config: LoaderConfig, cache: FrameCache) -> list[UInt8[np.ndarray, "F h w 3"]]:
-    """The frames of each of a clip's turns, all of `frames_per_turn`. Raises UnusableRow where the video cannot give them."""
+def read_clip(
+    path: str, annotation: Annotation, config: LoaderConfig, cache: FrameCache, *, factor: int = FACTOR
+) -> list[UInt8[np.ndarray, "F h w 3"]]:
+    """The frames of each of a clip's turns, all of `frames_per_turn`, their sides multiples of `factor`.
+
+    Raises UnusableRow where the video cannot give them.
+    """
     c, turns = config.sample, make_script(annotation, config.sample).turns
     keys = [(path, config.max_pixels, c.fps, round(turn.start * 1000)) for turn in turns]
     clips = [cache.get(key) for key in keys]
@@ -99,6 +104,7 @@ def read_clip(path: str, annotation: Annotation, config: LoaderConfig, cache: Fr
             max_pixels=config.max_pixels,
             start=turns[first].start,
             duration=count * c.turn_seconds,
+            factor=factor,
             threads=1,  # clips are read side by side, and more threads would decode pictures ahead that no clip shows
         )
         for shown, turn in enumerate(rounds, first):
@@ -159,7 +165,7 @@ class SampleLoader:
         seconds = annotation.end - annotation.start
         if seconds > config.max_seconds + 1e-6:
             raise UnusableRow("clip too long", f"{seconds:g} s, and max_seconds is {config.max_seconds:g}")
-        clips = read_clip(source.path(annotation.video), annotation, config, self.cache)
+        clips = read_clip(source.path(annotation.video), annotation, config, self.cache, factor=self.vision.merged_patch_size)
         height, width = clips[0].shape[1:3]
         sample = lay_out(annotation, config.sample, (height, width), self.tokenizer, self.layout, self.vision)
         if not np.any(sample.labels >= 0):

@@ -14,7 +14,7 @@ import numpy as np
 from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import UnusableRow
 from svlm_jax.data.batch import IGNORED, PADDING, Batch
-from svlm_jax.data.patches import grid_order
+from svlm_jax.data.patches import grid_order, window_tokens
 from svlm_jax.data.samples import Sample
 from svlm_jax.errors import UserError
 
@@ -23,7 +23,10 @@ COPIERS = 16  # threads that fill the rows of a batch
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The shape of every row of a batch. A grid of height x width pixels takes ceil(height / 112) * ceil(width / 112) windows."""
+    """The shape of every row of a batch. A grid of height x width pixels takes ceil(height / 112) * ceil(width / 112) windows.
+
+    Where the vision tower has no windows, it takes one for every 16 of its tokens (`data.patches`).
+    """
 
     tokens: int = 20_480  # T
     bins: int = 28  # G; full attention of the vision tower is over one bin at a time
@@ -119,9 +122,7 @@ class Packer:
 def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -> Batch:
     """The arrays of some rows, which may be empty; padding is PADDING, IGNORED and zeros."""
     b, t, g, w = len(rows), shape.tokens, shape.bins, shape.windows
-    if vision.window_size is None:
-        raise UserError("a vision tower without attention windows cannot be trained on packed rows: take a Qwen2.5-VL model")
-    merged = (vision.window_size // vision.merged_patch_size) ** 2  # tokens of a window
+    merged = window_tokens(vision)
     p = merged * vision.spatial_merge_size**2
     tokens, labels = np.zeros((b, t), np.int32), np.full((b, t), IGNORED, np.int32)
     positions, segments = np.zeros((b, t, 3), np.int32), np.full((b, t), PADDING, np.int32)

@@ -11,7 +11,8 @@
                           together with the head's newline      behind the head
     the last turn         ends with a newline                   ends with <|im_end|>
 
-Words are said in the first turn that ends no sooner than they do.
+Words are said in the first turn that ends no sooner than they do. Where the model's clips are stamped (Qwen3-VL), every pair of frames is
+a visual of its own behind its time, as the engine has it; nothing published has that, so that they take the `streaming` layout alone.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from svlm_jax.data.annotations import Annotation, UnusableRow
 from svlm_jax.data.batch import IGNORED
 from svlm_jax.errors import UserError
 from svlm_jax.model.rope import clip_extent, clip_offsets
-from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_time, encode_words, time_text
+from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_stamp, encode_time, encode_words, stamp_times, time_text
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.types import Int
 
@@ -147,7 +148,7 @@ class _Row:
             self._positions.append(np.repeat(self._end + np.arange(len(ids))[:, None] * self.unit, 3, axis=1))
             self._end += len(ids) * self.unit
 
-    def clip(self, grid: tuple[int, int, int], layout: PromptLayout) -> None:
+    def visual(self, grid: tuple[int, int, int], layout: PromptLayout) -> None:
         self.text([layout.vision_start])
         count = math.prod(grid)
         self.places.extend(range(len(self.tokens), len(self.tokens) + count))
@@ -174,19 +175,23 @@ def lay_out(
 ) -> Sample:
     """The row of one clip whose frames have `frame_hw` (height, width) pixels. Opens no video.
 
-    Raises UserError where a side is no multiple of a merged patch, UnusableRow as `make_script` does.
+    Raises UserError where a side is no multiple of a merged patch or the layout is not for such a model, UnusableRow as `make_script` does.
     """
     side = vision.merged_patch_size
+    if vision.stamped and config.layout == "published":
+        raise UserError("the layout 'published' is for models whose clips are not stamped: take layout = streaming for Qwen3-VL")
     if min(frame_hw) < side or frame_hw[0] % side or frame_hw[1] % side:
         raise UserError(f"frames of {frame_hw[0]}x{frame_hw[1]} pixels: both sides must be multiples of {side}")
     size = frame_hw[0] // side, frame_hw[1] // side
     turns = make_script(annotation, config).turns
     row = _Row(temporal_step(vision, config.fps))
     depth = vision.temporal_patch_size
-    write = _published if config.layout == "published" else _streaming
     shown = [turn.frames if config.layout == "published" else config.frames_per_turn for turn in turns]  # the engine's clips are all of a size
     grids = tuple((-(-frames // depth), *size) for frames in shown)
-    labels = write(row, annotation, turns, grids, config, tokenizer, layout)
+    if config.layout == "published":
+        labels = _published(row, annotation, turns, grids, config, tokenizer, layout)
+    else:
+        labels = _streaming(row, annotation, turns, grids, config, tokenizer, layout, stamped=vision.stamped)
     return Sample(np.asarray(row.tokens, np.int32), labels, row.positions(), row.unit, np.asarray(row.places, np.int32), grids)
 
 
@@ -200,7 +205,7 @@ def _published(row: _Row, annotation, turns, grids, config: SampleConfig, tokeni
     for index, (turn, grid) in enumerate(zip(turns, grids, strict=True)):
         heading = time_text(turn.start, turn.end) + (" " if index else "") + turn.question
         row.text([p.im_start], tokenizer.encode_plain("user\n" + heading))
-        row.clip(grid, p)
+        row.visual(grid, p)
         said = tokenizer.encode_plain(f"assistant\n{turn.answer}\n{turn.words} ...")
         row.text(p.block_close, [p.im_start], said, p.block_close)
     tokens = np.asarray(row.tokens, np.int32)
@@ -213,7 +218,9 @@ def _published(row: _Row, annotation, turns, grids, config: SampleConfig, tokeni
     return labels
 
 
-def _streaming(row: _Row, annotation, turns, grids, config: SampleConfig, tokenizer: Tokenizer, p: PromptLayout) -> np.ndarray:
+def _streaming(
+    row: _Row, annotation, turns, grids, config: SampleConfig, tokenizer: Tokenizer, p: PromptLayout, *, stamped: bool
+) -> np.ndarray:
     """Fills the row; gives its labels."""
     words = cut_words(encode_words(tokenizer, annotation.previous), config.text_sink, config.text_sliding)
     row.text(p.system, p.previous_text_head, words, p.block_close)
@@ -222,7 +229,12 @@ def _streaming(row: _Row, annotation, turns, grids, config: SampleConfig, tokeni
         if index:
             row.text([p.newline])
         row.text(p.user_head, encode_time(tokenizer, turn.start, turn.end), encode_query(tokenizer, turn.question))
-        row.clip(grid, p)
+        if stamped:
+            for seconds in stamp_times(turn.start, config.frames_per_turn, config.fps):
+                row.text(encode_stamp(tokenizer, seconds))
+                row.visual((1, *grid[1:]), p)
+        else:
+            row.visual(grid, p)
         row.text(() if index else encode_query(tokenizer, annotation.query), p.block_close, p.assistant_head)
         begin = len(row.tokens)
         row.text(tokenizer.encode_plain((turn.answer + "\n" if turn.answer else "") + turn.words + " ..."), [p.im_end])

@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
 from svlm_jax import storage
-from svlm_jax.data.resize import MAX_PIXELS, MIN_PIXELS, check_size, resize, resized_size
+from svlm_jax.data.resize import FACTOR, MAX_PIXELS, MIN_PIXELS, check_size, resize, resized_size
 from svlm_jax.errors import UserError
 
 Item = TypeVar("Item")
@@ -320,14 +320,15 @@ def read_rounds(
     start: Number = 0.0,
     duration: Number | None = None,
     size: tuple[int, int] | None = None,
+    factor: int = FACTOR,
     threads: int = 0,
     options: dict[str, str] | None = None,
 ) -> Iterator[Round]:
     """The rounds of a video. Round r shows frame i at t = start + r * chunk_seconds + i / fps: the last frame that begins at or before t.
 
     `start` and `duration` are in seconds; rounds that begin before start + duration are given. `size` (height, width) in pixels overrules
-    the size that follows from `max_pixels`. The last round is given where the video covers its first sample, and repeats the last frame.
-    So many `threads` decode (0: as many as FFmpeg thinks fit). `options` are libav's.
+    the size that follows from `max_pixels`, whose sides are multiples of `factor`. The last round is given where the video covers its first
+    sample, and repeats the last frame. So many `threads` decode (0: as many as FFmpeg thinks fit). `options` are libav's.
     The file is opened and checked at the call; decoding begins with the first round.
 
     Raises UserError at the call for an unusable file or setting, and while reading where `start` lies beyond the end; TruncatedVideo after
@@ -346,7 +347,8 @@ def read_rounds(
         raise UserError(f"a frame size of {size[1]} x {size[0]} pixels is impossible")
     reader = VideoReader(source, threads=threads, options=options)
     if size is None:
-        size = resized_size(reader.info.height, reader.info.width, min_pixels=min(MIN_PIXELS, max_pixels), max_pixels=max_pixels)
+        limits = {"min_pixels": min(MIN_PIXELS, max_pixels), "max_pixels": max_pixels}
+        size = resized_size(reader.info.height, reader.info.width, factor=factor, **limits)
     return _rounds(reader, size, [i / rate for i in range(count)], chunk, begin, stop)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svlm_jax.model.rope import patch_places
-from svlm_jax.types import Array, Float
+from svlm_jax.types import Array, Float, Int
 
 
 class Taps(NamedTuple):
@@ -38,3 +38,18 @@ def stretched(table: Float[Array, "rows E"], height: int, width: int, merge: int
     with jax.named_scope("learned_positions"):
         index, share = taps(round(table.shape[0] ** 0.5), height, width, merge)
         return jnp.sum(table[index].astype(jnp.float32) * share[..., None], axis=1).astype(table.dtype)
+
+
+def stretched_at(table: Float[Array, "rows E"], places: Int[Array, "... 2"], sizes: Int[Array, "... 2"]) -> Float[Array, "... E"]:
+    """`stretched` where grids are data: the table's values at (row, column) `places` of grids of `sizes` (rows, columns) of patches."""
+    with jax.named_scope("learned_positions"):
+        side = round(table.shape[0] ** 0.5)
+        steps, span = places * (side - 1), jnp.maximum(sizes - 1, 1)  # in whole numbers, so that no patch falls to the wrong side of a row
+        low = jnp.minimum(steps // span, side - 1)
+        high = jnp.minimum(low + 1, side - 1)
+        share = ((steps - low * span) / span).astype(jnp.float32)
+        total = jnp.zeros((*places.shape[:-1], table.shape[1]), jnp.float32)
+        for row, row_share in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+            for column, column_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+                total = total + table[row * side + column].astype(jnp.float32) * (row_share * column_share)[..., None]
+        return total.astype(table.dtype)

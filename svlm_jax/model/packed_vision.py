@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2.5-VL over packed grids (`data.batch`): bins of windows that hold grids of any size, one after the other.
+"""The vision towers over packed grids (`data.batch`): bins of windows that hold grids of any size, one after the other.
 
 The same parameters and equations as `model.vision`; what differs is where a patch stands, which is data here, and who sees whom:
 windows see themselves, and full attention stays within a grid, told by its number in the bin.
@@ -12,8 +12,9 @@ import numpy as np
 
 from svlm_jax.config import VisionConfig
 from svlm_jax.model.layers import once
+from svlm_jax.model.learned_positions import stretched_at
 from svlm_jax.model.rope import Rotation, shift_rotation
-from svlm_jax.model.vision import PIXELS, VisionBlock, VisionTower, masked_attention
+from svlm_jax.model.vision import PIXELS, Features, VisionBlock, VisionTower, masked_attention
 from svlm_jax.types import Array, Bool, Float, Int, UInt8
 
 THETA = 10_000.0  # of rotary positions in the tower, which no config.json states
@@ -33,6 +34,13 @@ def patch_rotation(config: VisionConfig, coordinates: Int[Array, "bins W p 2"]) 
     """Half of the pairs turn with the row, half with the column: [bins, W, p, 1, head_dim / 2]."""
     row, column = (shift_rotation(coordinates[..., i], head_dim=config.head_dim // 2, theta=THETA, denominator=1) for i in (0, 1))
     return Rotation(*(jnp.concatenate(pair, -1)[..., None, :] for pair in zip(row, column, strict=True)))
+
+
+def grid_sizes(coordinates: Int[Array, "bins W p 2"], grids: Int[Array, "bins W"]) -> Int[Array, "bins W 2"]:
+    """(rows, columns) of patches of the grid that each window belongs to: one more than its patches' largest coordinates."""
+    most = coordinates.max(axis=2) + 1
+    largest = jax.vmap(lambda most, grids: jax.ops.segment_max(most, grids, num_segments=most.shape[0] + 1))(most, grids)
+    return jnp.take_along_axis(largest, grids[..., None], axis=1)
 
 
 def plain_bin_attention(q: Array, k: Array, v: Array, segments: Int[Array, "bins S"]) -> Array:
@@ -70,8 +78,8 @@ def packed_features(
     attention: BinAttention = plain_bin_attention,
     windows: BinAttention = plain_window_attention,
     wrap: Callable[[Block], Block] = lambda run: run,
-) -> Float[Array, "bins C D"]:
-    """The merger's output for every 2x2 block of patches, in window order; what is not valid comes out as anything finite.
+) -> Features:
+    """What the decoder is given of every 2x2 block of patches, a bin a row, in window order; what is not valid comes out as anything finite.
 
     Args:
       coordinates: (row, column) of each patch in its grid.
@@ -86,9 +94,15 @@ def packed_features(
         # The tower's features are (colour, frame, y, x)
         embed = tower.patch_embed[...].reshape(c.in_channels, -1, c.hidden_size).swapaxes(0, 1).reshape(-1, c.hidden_size)
         x = jnp.einsum("bwpf,fe->bwpe", x, embed)
+        if tower.patch_embed_bias is not None:
+            x = x + tower.patch_embed_bias[...]
+        if tower.positions is not None:
+            sizes = jnp.broadcast_to(grid_sizes(coordinates, grids)[:, :, None], coordinates.shape)
+            x = x + stretched_at(tower.positions[...], coordinates, sizes)
         rotation = patch_rotation(c, coordinates)
         segments = jnp.where(valid, grids[..., None], 0).reshape(valid.shape[0], -1)
     run_block = once(_run_block, "full", "attention")
+    deep = []
     for index, block in enumerate(tower.blocks):
         full = c.sees_all(index)
 
@@ -96,4 +110,6 @@ def packed_features(
             return run_block(block, x, cos, sin, valid, segments, full=full, attention=attention if full else windows)
 
         x = wrap(run)(block, x, *rotation, valid, segments)
-    return tower.merge(x, slice(None))
+        if index in c.deepstack_blocks:
+            deep.append(tower.deepstack[len(deep)].merge(x, slice(None)))
+    return Features(tower.merge(x, slice(None)), tuple(deep))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from svlm_jax.checkpoints.staging import staged
 from svlm_jax.config import ModelConfig
 from svlm_jax.data.pipeline import merge_states
 from svlm_jax.errors import UserError
+from svlm_jax.storage import Place
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training.config import CheckpointConfig
 from svlm_jax.training.step import TrainState
@@ -91,7 +91,7 @@ def _in_layers(part: Flat) -> dict[str, ocp.SaveArgs]:
     return {path: ocp.SaveArgs(shard_axes=(0,) if path.startswith("text.layers.") else ()) for path in part}
 
 
-def describe(out: Path, model: ModelConfig, source: Path | None, tokenizer: Path, dtype: str) -> None:
+def describe(out: Path, model: ModelConfig, source: Place | None, tokenizer: Place, dtype: str) -> None:
     """Writes what a run's checkpoints are read with, `out`/model: config.json, tokenizer files. What is there already stays.
 
     Args:
@@ -102,11 +102,11 @@ def describe(out: Path, model: ModelConfig, source: Path | None, tokenizer: Path
     if (out / MODEL).exists():
         return
     with staged(out / MODEL) as staging:
-        copy_companions(tokenizer, staging)
+        copy_companions(tokenizer, staging.folder)
         if source is not None:
-            shutil.copyfile(described_in(source) / "config.json", staging / "config.json")
+            (staging.folder / "config.json").write_bytes((described_in(source) / "config.json").read_bytes())
         else:
-            write_json(staging / "config.json", write_config(model, TokenIds.of(Tokenizer.load(tokenizer)), dtype=dtype))
+            write_json(staging.folder / "config.json", write_config(model, TokenIds.of(Tokenizer.load(tokenizer)), dtype=dtype))
 
 
 def restore_params(directory: Path, step: int | None = None) -> Params:

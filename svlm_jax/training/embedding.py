@@ -30,8 +30,23 @@ look_up.defvjp(lambda embedding, tokens, used: (embedding[tokens], (embedding, t
 
 def embedded(model: QwenVL, batch: Batch, features: Float[Array, "B C D"]) -> Float[Array, "B T D"]:
     """What the decoder is given: words' embeddings, and features at `batch.places`, of which those outside [0, T) are dropped."""
-    rows = len(batch.tokens)
-    at = jnp.arange(rows)[:, None], batch.places.reshape(rows, -1)
+    at = _places(batch)
     seen = jnp.zeros(batch.tokens.shape, bool).at[at].set(True, mode="drop")
     x = look_up(model.text.embedding[...], batch.tokens, ~seen & (batch.segments != PADDING))
     return x.at[at].set(features.astype(x.dtype), mode="drop")
+
+
+def deepened(x: Float[Array, "B T D"], batch: Batch, deep: Float[Array, "N B C D"], layer: Int[Array, ""]) -> Float[Array, "B T D"]:
+    """What layer number `layer` put out, with DeepStack's features for it added at `batch.places`; behind the first N layers, as it is."""
+    at = _places(batch)
+
+    def add(x: Array) -> Array:
+        return x.at[at].add(deep[jnp.minimum(layer, len(deep) - 1)].astype(x.dtype), mode="drop")
+
+    return jax.lax.cond(layer < len(deep), add, lambda x: x, x)
+
+
+def _places(batch: Batch) -> tuple[Array, Array]:
+    """Rows and tokens of the features of a batch."""
+    rows = len(batch.tokens)
+    return jnp.arange(rows)[:, None], batch.places.reshape(rows, -1)

@@ -71,10 +71,10 @@ def _vision(c: VisionConfig, batch: Batch) -> float:
         full += float((np.bincount(grid, weights=window)[1:] ** 2).sum())
     products = c.hidden_size * (4 * c.hidden_size + (c.mlp_inputs + 1) * c.intermediate_size)
     merged = c.hidden_size * c.spatial_merge_size**2
-    merger = merged * merged + merged * c.out_hidden_size
+    mergers = (merged * merged + merged * c.out_hidden_size) / c.spatial_merge_size**2 * (1 + len(c.deepstack_blocks))
     wide = sum(map(c.sees_all, range(c.depth)))
     attention = 4 * c.hidden_size * (wide * full + (c.depth - wide) * float((in_window**2).sum()))
-    return 2 * patches * (c.depth * products + c.patch_features * c.hidden_size + merger / c.spatial_merge_size**2) + attention
+    return 2 * patches * (c.depth * products + c.patch_features * c.hidden_size + mergers) + attention
 
 
 def peak(device: Any) -> float | None:

@@ -1,10 +1,11 @@
 """Packed rows through the model: bins of patches to features, features to their tokens, tokens through the layers."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from svlm_jax.config import ModelConfig
@@ -13,8 +14,9 @@ from svlm_jax.errors import UserError
 from svlm_jax.model.packed_vision import packed_features
 from svlm_jax.model.qwen_vl import QwenVL, bind, is_stacked, logical_axes
 from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
+from svlm_jax.model.vision import Features
 from svlm_jax.training.attention import Attention
-from svlm_jax.training.embedding import embedded
+from svlm_jax.training.embedding import deepened, embedded
 from svlm_jax.training.lora import Adapters
 from svlm_jax.training.placement import Placement
 from svlm_jax.training.remat import rematerialised
@@ -48,12 +50,13 @@ def hidden_states(
     with jax.named_scope("vision"):
         features = _features(model, batch, recipe)
     with jax.named_scope("embed"):
-        x = place.rows(embedded(model, batch, features))
+        x = place.rows(embedded(model, batch, features.embedded))
     with jax.named_scope("decoder"):
-        return model, _decode(model, x, batch, recipe, axes["text"]["layers"], adapters or Adapters())
+        return model, _decode(model, x, batch, recipe, features.deep, axes["text"]["layers"], adapters or Adapters())
 
 
-def _features(model: QwenVL, batch: Batch, recipe: Recipe) -> Float[Array, "B C D"]:
+def _features(model: QwenVL, batch: Batch, recipe: Recipe) -> Features:
+    """Of the C tokens of each row's bins."""
     rows, count = batch.grids.shape[:2]
     place = recipe.placement
 
@@ -76,11 +79,17 @@ def _features(model: QwenVL, batch: Batch, recipe: Recipe) -> Float[Array, "B C 
 
     arrays = [bins(a) for a in (batch.patches, batch.patch_coordinates, batch.patch_valid, batch.grids)]
     features = packed_features(model.vision, *arrays, attention=recipe.attention.vision, windows=recipe.attention.windows, wrap=wrap)
-    return features.reshape(rows, -1, features.shape[-1])
+    return jax.tree.map(lambda a: a.reshape(rows, -1, a.shape[-1]), features)
 
 
 def _decode(
-    model: QwenVL, x: Array, batch: Batch, recipe: Recipe, axes: dict[str, tuple[str | None, ...]], adapters: Adapters
+    model: QwenVL,
+    x: Array,
+    batch: Batch,
+    recipe: Recipe,
+    deep: Sequence[Array],
+    axes: dict[str, tuple[str | None, ...]],
+    adapters: Adapters,
 ) -> Array:
     c, place = model.text.config, recipe.placement
     cos, sin = mrope_rotation(batch.positions, axes=c.mrope_axes, theta=c.rope_theta, denominator=recipe.unit)
@@ -92,11 +101,13 @@ def _decode(
     graphdef, state = nnx.split(model.text.layers)
     layers: Any = nnx.to_pure_dict(state)
     unstacked = {name: axes[name][1:] for name in layers}
+    levels = jnp.stack(deep) if deep else None
 
-    def layer(x: Array, weights: tuple[Any, Adapters]) -> tuple[Array, None]:
-        module = nnx.merge(graphdef, place.gather(weights[0], unstacked))
-        return place.rows(module(x, attend, weights[1].product)), None
+    def layer(x: Array, inputs: tuple[Any, Adapters, Array]) -> tuple[Array, None]:
+        weights, adapters, index = inputs
+        x = nnx.merge(graphdef, place.gather(weights, unstacked))(x, attend, adapters.product)
+        return place.rows(x if levels is None else deepened(x, batch, levels, index)), None
 
     body = rematerialised(layer, recipe.remat, scanned=True)
-    x, _ = jax.lax.scan(body, x, (layers, adapters), length=c.num_hidden_layers)
+    x, _ = jax.lax.scan(body, x, (layers, adapters, jnp.arange(c.num_hidden_layers)), length=c.num_hidden_layers)
     return x

@@ -31,11 +31,15 @@ from svlm_jax.training.trainable import flatten  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")  # the other libraries' warnings are theirs
 
 PAD = 1  # of clips, in `packed`
-CHUNKS = [
-    packed.chunk(5, (4, 84, 140), 8, seed=0),
-    packed.chunk(3, (2, 140, 168), 6, (1, 56, 84), 4, seed=1),
-    packed.chunk(9, seed=2),
-]
+
+
+def chunks_of(side: int) -> list[packed.Chunk]:
+    """Clips whose tokens cover side x side pixels."""
+    return [
+        packed.chunk(5, (4, 3 * side, 5 * side), 8, seed=0, side=side),
+        packed.chunk(3, (2, 5 * side, 6 * side), 6, (1, 2 * side, 3 * side), 4, seed=1, side=side),
+        packed.chunk(9, seed=2, side=side),
+    ]
 
 
 def their_loss(model, config, chunk: packed.Chunk):
@@ -43,8 +47,9 @@ def their_loss(model, config, chunk: packed.Chunk):
     inputs = {}
     if chunk.clips:
         clips = [np.asarray(patchify(config.vision, jnp.asarray(clip[None]))).reshape(-1, config.vision.patch_features) for clip in chunk.clips]
+        side = config.vision.patch_size
         inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate(clips))
-        inputs["video_grid_thw"] = torch.tensor([(-(-len(c) // 2), c.shape[2] // 14, c.shape[3] // 14) for c in chunk.clips])
+        inputs["video_grid_thw"] = torch.tensor([(-(-len(c) // 2), c.shape[2] // side, c.shape[3] // side) for c in chunk.clips])
     logits = model(
         input_ids=torch.from_numpy(chunk.tokens.astype(np.int64))[None],
         attention_mask=torch.ones(1, len(chunk.tokens), dtype=torch.long),
@@ -56,13 +61,15 @@ def their_loss(model, config, chunk: packed.Chunk):
     return torch.nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
-def test_gradients_of_a_packed_row_are_theirs(tmp_path):
-    model = forward_tests.theirs(tie_word_embeddings=False)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+def test_gradients_of_a_packed_row_are_theirs(tmp_path, family):
+    model = forward_tests.theirs(family, tie_word_embeddings=False)
     model.config.video_token_id = PAD
     model.save_pretrained(tmp_path / "weights")
     config = read_config(tmp_path / "weights")
-    count = sum(int((chunk.labels[1:] != IGNORED).sum()) for chunk in CHUNKS)
-    loss = sum(their_loss(model, config, chunk) for chunk in CHUNKS) / count
+    chunks = chunks_of(config.vision.merged_patch_size)
+    count = sum(int((chunk.labels[1:] != IGNORED).sum()) for chunk in chunks)
+    loss = sum(their_loss(model, config, chunk) for chunk in chunks) / count
     loss.backward()
     with torch.no_grad():  # written as if they were weights, and read as ours are: the conversion only moves numbers
         for parameter in model.parameters():
@@ -74,7 +81,7 @@ def test_gradients_of_a_packed_row_are_theirs(tmp_path):
     attention = choose("xla", Job(config, mesh, "cpu", 128, 4, jnp.float32))
     trainer = Trainer(config, StepConfig(frozen=(), dtype="float32", loss_chunk=16), Recipe(attention, Placement(mesh), 1, "gate_up", "full"), 1)
     state = trainer.init(load_params(tmp_path / "weights", config, stacked=True), jax.random.key(0))
-    found, sums = jax.jit(trainer.gradients)(state, packed.pack(config, [CHUNKS], tokens=128, bins=2, windows=6))
+    found, sums = jax.jit(trainer.gradients)(state, packed.pack(config, [chunks], tokens=128, bins=2, windows=6))
 
     np.testing.assert_allclose(float(sums.loss) / count, loss.item(), rtol=1e-5)
     assert set(found) == set(wanted)
