@@ -65,7 +65,6 @@ def adapted(tmp_path_factory):
     return out, *write(out, "step.lora.rank=4", "step.lora.alpha=8", "step.dtype=bfloat16")
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(("family", "frozen"), [("qwen2_vl", "vision.*"), ("qwen3_vl", "()")])
 def test_a_run_of_any_family_is_a_model_of_it(family, frozen, tmp_path):
     """Of towers without windows: a step on packed clips, stamped and deep ones too, with the tower frozen or not."""

@@ -18,6 +18,7 @@ from svlm_jax.demo.make_tokenizer import write as write_tokenizer
 from svlm_jax.demo.match_vocabulary import VOCABULARY, corpus
 from svlm_jax.demo.picture import HEIGHT, WIDTH
 from svlm_jax.model.qwen_vl import init_params
+from svlm_jax.storage import Place
 
 SEED = 0
 SETTINGS = {  # as configs/sft_match.py trains it; what is likeliest is said, and saying it again costs nothing
@@ -32,7 +33,7 @@ SETTINGS = {  # as configs/sft_match.py trains it; what is likeliest is said, an
 }
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path) -> Place:
     """The model's directory, which must not be there yet."""
     with tempfile.TemporaryDirectory() as scratch:
         write_tokenizer(make(corpus(), VOCABULARY), Path(scratch))

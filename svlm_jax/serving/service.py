@@ -28,6 +28,7 @@ from svlm_jax.serving.scheduler import Scheduler
 from svlm_jax.serving.sessions import Session, Sessions, Wish, check_text, log, new_id
 from svlm_jax.serving.snapshots import Shelf, Snapshot, capture, decode, encode, fingerprint
 from svlm_jax.serving.sources import FileSource, Shape, Source
+from svlm_jax.storage import Place, size_of
 from svlm_jax.streaming.engine import Engine, SavedStream, make_spec
 from svlm_jax.streaming.placed import check_streams
 from svlm_jax.streaming.prompt import encode_query, encode_words
@@ -349,10 +350,10 @@ def wish_of(params: Mapping[str, str], settings: Container[str]) -> dict[str, An
     return wish
 
 
-def weights_stamp(folder: Path) -> str:
+def weights_stamp(folder: Place) -> str:
     """Of the weight files, which no snapshot may outlive: their names and sizes."""
-    files = sorted(path for pattern in ("*.safetensors", "*.json") for path in folder.glob(pattern))
-    return " ".join(f"{path.name}:{path.stat().st_size}" for path in files)
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json")]
+    return " ".join(sorted(f"{path.name}:{size_of(path)}" for path in files))
 
 
 def _seconds(wish: dict[str, Any], name: str) -> float | None:
