@@ -9,7 +9,7 @@ previous text, vision tower frozen, AdamW at 1e-5, cosine after 3% of warm-up, o
 video, so that a batch is 512 samples, and more of smaller ones. All hardware sees the same rows in the same order.
 
 The names are STAGE_SIZE_HARDWARE. `svlm plan NAME` gives what each takes of a chip, the least time of a step and the MFU at that; of those below
-that was done with all weights trained, moments in float32, and rows full of one sample. The others are as yet untried.
+that was done with all weights trained, moments in float32, and rows full of one sample.
 
     4 x H100          stage1_7b   61.7 of 76.0 GB    196.3 s, 77%    benchmarks/plan_stage1_7b_h100_4.json
     4 x H100, 4 rows  stage1_7b   59.6 of 76.0 GB    1.3 s, 88%    benchmarks/plan_7b_h100_4.json
@@ -21,7 +21,14 @@ that was done with all weights trained, moments in float32, and rows full of one
     v5e_256           stage2_7b   14.6 of 17.2 GB    48.3 s, 76%    benchmarks/plan_stage2_7b_v5e_256.json
     v5p_128           stage2_7b   74.6 of 102.0 GB    69.8 s, 91%    benchmarks/plan_stage2_7b_v5p_128.json
     v6e_64            stage2_7b   20.9 of 34.4 GB    41.5 s, 76%    benchmarks/plan_stage2_7b_v6e_64.json
+    h100x8            stage1_3b   33.7 of 76.0 GB    45.5 s, 91%    benchmarks/plan_stage1_3b_h100x8.json
+    v5e_256           stage1_3b   10.1 of 17.2 GB    8.2 s, 78%    benchmarks/plan_stage1_3b_v5e_256.json
     v5p_128           stage1_3b   56.3 of 102.0 GB    11.1 s, 100%    benchmarks/plan_stage1_3b_v5p_128.json
+    v6e_64            stage1_3b   11.0 of 34.4 GB    7.1 s, 78%    benchmarks/plan_stage1_3b_v6e_64.json
+    h100x8            stage2_3b   39.0 of 76.0 GB    179.0 s, 77%    benchmarks/plan_stage2_3b_h100x8.json
+    v5e_256           stage2_3b   9.0 of 17.2 GB    28.1 s, 77%    benchmarks/plan_stage2_3b_v5e_256.json
+    v5p_128           stage2_3b   51.1 of 102.0 GB    40.0 s, 93%    benchmarks/plan_stage2_3b_v5p_128.json
+    v6e_64            stage2_3b   13.4 of 34.4 GB    24.1 s, 77%    benchmarks/plan_stage2_3b_v6e_64.json
     v5p_512           stage1_72b  67.1 of 102.0 GB    60.2 s, 75%    benchmarks/plan_stage1_72b_v5p_512.json
 """
 
