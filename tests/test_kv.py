@@ -21,6 +21,7 @@ from svlm_jax.kernels.ring_attention.int8 import Int8Rows
 from svlm_jax.planning.serving import PROGRAMS, arguments, stream_spec
 from svlm_jax.programs import tree_bytes
 from svlm_jax.serving import snapshots
+from svlm_jax.serving.clocks import Moment
 from svlm_jax.serving.limits import Refused
 from svlm_jax.serving.sessions import Wish
 from svlm_jax.sharding import state_shardings
@@ -83,7 +84,7 @@ def test_files_bring_a_stream_back_bit_for_bit(tmp_path):
     with pytest.raises(UserError, match="other settings"):
         load_engine(wide, tmp_path / "engine.npz")
     saved = engine.take(0)
-    kept = snapshots.Snapshot("strm_0123456789abcdef", Wish(), saved, {}, (), 0)
+    kept = snapshots.Snapshot("strm_0123456789abcdef", Wish(), saved, {}, (), 0, Moment(0.0, 0.0, ""))
     print_ = snapshots.fingerprint(engine.spec, "weights")
     found = snapshots.decode(snapshots.encode(kept, print_), engine.spec, jnp.float32, print_)
     jax.tree.map(np.testing.assert_array_equal, found.saved.state, saved.state)
