@@ -26,6 +26,7 @@ from svlm_jax.checkpoints.names import name_table
 from svlm_jax.checkpoints.plan import leaves, tensors_of
 from svlm_jax.checkpoints.safetensors_file import Mapped
 from svlm_jax.checkpoints.save import write_json, write_weights
+from svlm_jax.checkpoints.staging import Staging
 from svlm_jax.config import ModelConfig
 from svlm_jax.configs.models import MODELS
 from svlm_jax.model.qwen_vl import abstract_params
@@ -68,7 +69,7 @@ def write_random(folder: Path, config: ModelConfig) -> int:
         return held[path]
 
     folder.mkdir(parents=True)
-    write_weights(draw, config, folder, np.dtype(ml_dtypes.bfloat16), shard_bytes=SHARD_BYTES)
+    write_weights(draw, config, Staging(folder), np.dtype(ml_dtypes.bfloat16), shard_bytes=SHARD_BYTES)
     write_json(folder / "config.json", write_config(config))
     return sum(math.prod(piece.source_shape) for piece in name_table(config)) * 2
 
@@ -105,6 +106,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     scratch, config = arguments.scratch, MODELS[arguments.model]()
+    if scratch.exists():
+        parser.error(f"{scratch} is there already: name a folder that is not, since it is removed in the end")
     scratch.mkdir(parents=True)
     try:
         size = write_random(scratch / "hf", config)
