@@ -37,8 +37,10 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from svlm_jax.checkpoints.convert import TITLES, convert
+    from svlm_jax.checkpoints.heap import keep_freed
     from svlm_jax.checkpoints.safetensors_file import FLOATS
 
+    keep_freed()
     kinds = {kind.name: kind for kind in FLOATS.values()}
     eight = args.dtype if args.dtype in ("int8", "fp8") else None
     dtype = None if args.dtype is None or eight else np.dtype(kinds[args.dtype])
