@@ -65,7 +65,9 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Begins to write the state after `step` batches; what is written is a copy, so the state may be donated at once."""
         parts = {name: ocp.args.StandardSave(part, _in_layers(part)) for name, part in _parts(state).items() if part}
-        self.manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(merge_states(hosts.gathered(data))), **parts), force=True)
+        places = hosts.gathered(data)
+        place = data if len(places) == 1 else merge_states(places)
+        self.manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(place), **parts), force=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(state, place in the data) after `step` batches, on the devices of `like`, the state's shapes with shardings."""
