@@ -18,11 +18,13 @@ from svlm_jax import storage
 from svlm_jax.checkpoints.hub_config import read_config
 from svlm_jax.checkpoints.load import find, load_params
 from svlm_jax.checkpoints.run_form import described_in, is_run
+from svlm_jax.checkpoints.save import write_json
 from svlm_jax.cli import guarded
 from svlm_jax.configs.models import MODELS
 from svlm_jax.data.pipeline import make_batches
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.model.qwen_vl import init_params
+from svlm_jax.planning.report import of_run
 from svlm_jax.sharding import make_mesh, param_shardings, replicated_axes
 from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training import hosts, sinks
@@ -91,7 +93,13 @@ def train(config: RunConfig) -> TrainState:
     report = Report(metrics if chief else None, after=after, steps=config.steps, sinks=others, mirror=mirror, began=process_start())
     here = dataclasses.replace(config, out=str(out))
     try:
-        state, why = run(state, trainer, batches, checkpoints, report, here, pause=silence(tokenizer), evaluator=evaluator)
+
+        def write_plan(program: jax.stages.Compiled) -> None:
+            if chief:
+                write_json(out / "plan.json", of_run(program, config, trainer))
+
+        pause = silence(tokenizer)
+        state, why = run(state, trainer, batches, checkpoints, report, here, pause=pause, evaluator=evaluator, compiled=write_plan)
         report.say(why)
         report.say(str(report.clock))
         if chief and plot(metrics, out / "plots.png"):

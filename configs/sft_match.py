@@ -32,7 +32,7 @@ def config() -> RunConfig:
                 "openings": DatasetConfig(f"{FOLDER}/openings.jsonl", FOLDER, weight=0.10),
             },
             LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),
-            RowShape(tokens=4096, bins=24, windows=6),  # a chunk of 24 s a row, a bin a second
+            RowShape(tokens=4096, bins=24, windows=6, samples=8),  # a chunk of 24 s, a bin a second; of 4 s: six
             rows=48,
             lanes=16,
             open_rows=1,
@@ -48,6 +48,5 @@ def config() -> RunConfig:
         ),
         remat="nothing",
         vision_remat="nothing",
-        max_segments=8,  # chunks of 4 s: six
         checkpoint=CheckpointConfig(every=400, keep=3),
     )

@@ -87,6 +87,12 @@ def unpack(batch: Batch, row: int, segment: int, size) -> tuple[np.ndarray, ...]
     return batch.tokens[row][mask], batch.labels[row][mask], batch.positions[row][mask], places, np.stack([clip[2] for clip in clips])
 
 
+def test_a_row_takes_no_more_samples_than_it_may():
+    for samples, taken in ((16, [True] * 3), (2, [True, True, False])):
+        row = OpenRow(dataclasses.replace(SHAPE, samples=samples))
+        assert [row.add(loaded(seed, 1, (28, 28))) for seed in range(3)] == taken
+
+
 def test_every_sample_is_whole_in_its_row():
     items = [loaded(0), loaded(1, 1), loaded(2, 2, (28, 56)), loaded(3, 3), loaded(4, 1, (84, 140))]
     packer, rows = Packer(SHAPE, open_rows=2), []

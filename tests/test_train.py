@@ -78,6 +78,10 @@ def whole(tmp_path_factory):
     assert any((out / "tensorboard").iterdir())
     saved = json.loads((out / "config.json").read_text())
     assert saved["steps"] == STEPS and saved["checkpoint"]["every"] == 2
+    planned = json.loads((out / "plan.json").read_text())
+    sizes, needed = planned["bytes"], planned["bytes"].pop("needed")
+    assert sizes["trained"] > 0 and sizes["moments"] > 2 * sizes["trained"] and sum(sizes.values()) <= needed
+    assert planned["tokens_per_row"] == 256 and planned["operations"]["decoder"] > 0 and planned["compiler"]["operations"] > 0
     return out
 
 
@@ -161,20 +165,29 @@ def test_a_run_that_lives_in_a_bucket_is_killed_and_goes_on_bit_for_bit(whole, t
 
 
 def test_two_processes_compute_what_one_does_and_one_goes_on(whole):
-    """One of the two is told to end in its start, and both do, at one step. They go on to the end; a single process takes the last steps again."""
+    """One of the two is told to end in its start, and both do, at one step; and once more when they go on. They go on to the end then, and
+    a single process takes the last steps again.
+    """
     out = whole.with_name("two")
 
     def both() -> list[subprocess.Popen]:
         two = asked(2)
         return [start(out, *two, *held(out), f"hosts.index={index}") for index in range(2)]
 
-    runs = both()
-    while not (out / "config.json").exists() and runs[1].poll() is None:
-        time.sleep(0.02)
-    runs[1].send_signal(signal.SIGTERM)
-    told = ended(*runs)
-    last = records(out)[-1]["step"]
-    assert f"told to end at step {last}" in told and checkpoints(out)[0][-1] == last < STEPS
+    def written() -> int:
+        return metrics.stat().st_mtime_ns if metrics.exists() else 0
+
+    metrics, told, last = out / "metrics.jsonl", "", 0
+    for _ in range(2):
+        runs, before = both(), written()
+        while written() == before and runs[1].poll() is None:  # it is written anew before the step is compiled
+            time.sleep(0.02)
+        runs[1].send_signal(signal.SIGTERM)
+        told = ended(*runs)
+        assert resumed_after(told) == last
+        assert last < records(out)[-1]["step"] < 3  # before it is evaluated
+        last = records(out)[-1]["step"]
+        assert f"told to end at step {last}" in told and checkpoints(out)[0][-1] == last
     assert [line.split()[:2] for line in told.splitlines() if line[:7].strip() in ("0", "1")] == [["0", "1"], ["1", "1"]]  # processes, devices
     assert resumed_after(ended(*both())) == last
     compare(out, whole)

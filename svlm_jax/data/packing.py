@@ -31,10 +31,12 @@ class RowShape:
     tokens: int = 20_480  # T
     bins: int = 28  # G; full attention of the vision tower is over one bin at a time
     windows: int = 45  # W of a bin: 45 are one grid of 720p video (560 x 1008 pixels)
+    samples: int = 16  # at most: kernels of attention are compiled for a number of segments
 
     def __post_init__(self):
-        if min(self.tokens, self.bins, self.windows) < 1:
-            raise UserError(f"a row of {self.tokens} tokens and {self.bins} bins of {self.windows} windows: all must be at least 1")
+        if min(self.tokens, self.bins, self.windows, self.samples) < 1:
+            row = f"a row of {self.tokens} tokens, {self.samples} samples and {self.bins} bins of {self.windows} windows"
+            raise UserError(f"{row}: all must be at least 1")
 
 
 class Loaded(NamedTuple):
@@ -67,7 +69,7 @@ class OpenRow:
 
     def add(self, item: Loaded) -> bool:
         """Whether the sample fits; it is in the row then."""
-        if self.tokens + len(item.sample.tokens) > self.shape.tokens:
+        if len(self.items) == self.shape.samples or self.tokens + len(item.sample.tokens) > self.shape.tokens:
             return False
         free, bins, at = list(self.free), [], 0
         for _ in range(len(item.patches)):

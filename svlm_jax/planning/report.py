@@ -8,10 +8,16 @@ import platform
 from typing import Any
 
 from svlm_jax.bench.report import commit
+from svlm_jax.bench.report import surroundings as measured_with
+from svlm_jax.planning import compiling
 from svlm_jax.planning.chips import Topology
-from svlm_jax.planning.hlo import Collective
-from svlm_jax.planning.training import Planned, gb, suggestions
+from svlm_jax.planning.hlo import Collective, collectives
+from svlm_jax.planning.training import Planned, cost, gb, parts_of, suggestions
+from svlm_jax.planning.work import work
 from svlm_jax.sharding import MESH_AXES
+from svlm_jax.training.config import RunConfig
+from svlm_jax.training.setup import batch_shapes
+from svlm_jax.training.step import Trainer
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")
 PARTS = {"trained": "parameters, trained", "frozen": "parameters, frozen", "moments": "optimizer", "batch": "batch"}
@@ -37,19 +43,11 @@ def surroundings(topology: Topology) -> dict[str, Any]:
 
 def as_object(planned: Planned, command: str) -> dict[str, Any]:
     """All that was found; bytes and seconds of one chip, operations of all."""
-    config, mesh = planned.config, planned.trainer.recipe.placement.mesh
     return {
         **surroundings(planned.topology),
         "command": command,
         "hosts": planned.hosts,
-        "model": planned.trainer.model.name,
-        "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},
-        "steps": config.steps,
-        "rows": config.data.rows,
-        "tokens_per_row": config.data.shape.tokens,
-        "accumulate": config.step.accumulate,
-        "remat": config.remat,
-        "moments": config.step.optimizer.moments,
+        **_settings(planned.config, planned.trainer),
         "notes": planned.notes,
         "fits": planned.fits,
         "bytes": {
@@ -67,6 +65,39 @@ def as_object(planned: Planned, command: str) -> dict[str, Any]:
         "bounds_seconds": dataclasses.asdict(planned.bounds) | {"by": planned.bounds.by} if planned.memory else None,
         "suggestions": suggestions(planned),
         "compile_seconds": round(planned.compile_seconds, 1),
+    }
+
+
+def of_run(program: Any, config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """What the step of a run takes of the devices that are here, as `as_object` has it: `program` is what was compiled for them."""
+    shapes, mesh = batch_shapes(config.data, trainer.model), trainer.recipe.placement.mesh
+    todo, memory = work(trainer, shapes), compiling.memory(program)
+    return {
+        **measured_with(),
+        "devices": mesh.size,
+        **_settings(config, trainer),
+        "attention": trainer.recipe.attention.name,
+        "bytes": {**parts_of(trainer, shapes), "temporaries": memory.temporaries, "code": memory.code, "needed": memory.total},
+        "collectives": [dataclasses.asdict(one) for one in collectives(program.as_text(), mesh.size)],
+        "operations": dataclasses.asdict(todo.model),
+        "executed_operations_per_chip": todo.executed,
+        "moved_bytes_per_chip": todo.moved,
+        "compiler": cost(program),
+    }
+
+
+def _settings(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """The settings that decide what a step takes."""
+    mesh = trainer.recipe.placement.mesh
+    return {
+        "model": trainer.model.name,
+        "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},
+        "steps": config.steps,
+        "rows": config.data.rows,
+        "tokens_per_row": config.data.shape.tokens,
+        "accumulate": config.step.accumulate,
+        "remat": config.remat,
+        "moments": config.step.optimizer.moments,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from svlm_jax.config import ModelConfig
 from svlm_jax.configs.models import MODELS
+from svlm_jax.data.batch import Batch
 from svlm_jax.errors import UserError
 from svlm_jax.planning import compiling
 from svlm_jax.planning.bounds import Bounds, step_bounds
@@ -71,16 +72,12 @@ def plan_training(config: RunConfig, topology: Topology) -> Planned:
     notes = [f"attention: {trainer.recipe.attention.name}", *(f"not {line}" for line in trainer.recipe.attention.rejected)]
     notes += [f"stays whole: {line}" for line in replicated_axes(model, mesh)]
 
-    state = trainer.abstract_state()
-    placed = trainer.placed(shapes)
-    held = {"trained": state.trained, "frozen": state.frozen, "moments": state.moments, "batch": placed}
-    sizes = {name: shard_bytes(tree) for name, tree in held.items()}
-    todo = work(trainer, shapes)
+    sizes, todo = parts_of(trainer, shapes), work(trainer, shapes)
 
     start = time.perf_counter()
     memory, sent, told = None, (), {}
     try:
-        program = compiling.compiled(trainer.jitted(shapes).lower(state, placed), topology.chip.platform)
+        program = compiling.compiled(trainer.jitted(shapes).lower(trainer.abstract_state(), trainer.placed(shapes)), topology.chip.platform)
     except compiling.DoesNotFit as error:
         needed, available = error.needed, error.available
     else:
@@ -94,6 +91,13 @@ def plan_training(config: RunConfig, topology: Topology) -> Planned:
         topology, trainer, config, len({d.process_index for d in devices}), sizes, todo, tuple(notes), seconds,
         memory, needed, available, sent, told, bounds,
     )  # fmt: skip
+
+
+def parts_of(trainer: Trainer, shapes: Batch) -> dict[str, int]:
+    """Bytes of one chip's part of each of the step's arguments."""
+    state = trainer.abstract_state()
+    held = {"trained": state.trained, "frozen": state.frozen, "moments": state.moments, "batch": trainer.placed(shapes)}
+    return {name: shard_bytes(tree) for name, tree in held.items()}
 
 
 def cost(program: Any) -> dict[str, float]:

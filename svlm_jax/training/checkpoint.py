@@ -1,12 +1,10 @@
 """Saving and restoring a run (Orbax): in the background, whole or not there, with the place in the data inside."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from svlm_jax import storage
@@ -19,6 +17,7 @@ from svlm_jax.data.pipeline import merge_states
 from svlm_jax.errors import UserError
 from svlm_jax.storage import Place
 from svlm_jax.tokenizer import Tokenizer
+from svlm_jax.training import hosts
 from svlm_jax.training.config import CheckpointConfig
 from svlm_jax.training.step import TrainState
 from svlm_jax.training.trainable import Flat, unflatten
@@ -66,7 +65,9 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Begins to write the state after `step` batches; what is written is a copy, so the state may be donated at once."""
         parts = {name: ocp.args.StandardSave(part, _in_layers(part)) for name, part in _parts(state).items() if part}
-        self.manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(_of_all_hosts(data)), **parts), force=True)
+        places = hosts.gathered(data)
+        place = data if len(places) == 1 else merge_states(places)
+        self.manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(place), **parts), force=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(state, place in the data) after `step` batches, on the devices of `like`, the state's shapes with shardings."""
@@ -127,17 +128,3 @@ def restore_params(directory: Path, step: int | None = None) -> Params:
             like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in dict(shapes).items()}
             flat |= manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(like)}))[name]
     return unflatten(flat)
-
-
-def _of_all_hosts(state: dict[str, Any]) -> dict[str, Any]:
-    """The places in the data of all processes as one."""
-    if jax.process_count() == 1:
-        return state
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(text)] = text
-    all_ = multihost_utils.process_allgather(padded)
-    return merge_states([json.loads(bytes(row[:length])) for row, length in zip(all_, lengths, strict=True)])

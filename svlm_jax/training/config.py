@@ -103,15 +103,14 @@ class RunConfig:
     attention: str = "auto"  # or splash, cudnn, xla
     remat: str = "gate_up"  # of decoder layers; `training.remat` lists the names
     vision_remat: str = "full"  # of vision blocks, where they are trained
-    max_segments: int = 16  # chunks of one row at most
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     profile_steps: str = ""  # `10:13` writes a trace of steps 10, 11 and 12 into out/profile
 
     def __post_init__(self):
-        if self.steps < 1 or self.max_segments < 1:
-            raise UserError(f"steps {self.steps} and max_segments {self.max_segments} must be at least 1")
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, not {self.steps}")
         if not self.weights and self.model not in MODELS:
             raise UserError(f"model {self.model!r} is unknown: {', '.join(MODELS)}")
         check_policy(self.remat)

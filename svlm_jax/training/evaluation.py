@@ -99,7 +99,7 @@ class Evaluator:
         return step == self._steps or (bool(self._every) and step % self._every == 0)
 
     def __call__(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """The record of `state`, the same in all processes; None where any of them was told to end."""
+        """The record of `state`, the same in all processes; None where they are told to end (`hosts.Ending`, asked by all before each batch)."""
         start, total, source = time.perf_counter(), Tally(), iter(self._batches)
         try:
             while True:

@@ -1,6 +1,7 @@
 """Processes that train together: their start, a table of who is there, and checks that fail at once where they are not as asked."""
 
 import functools
+import json
 import os
 import sys
 import threading
@@ -125,13 +126,40 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def stop_asked(step: int, signalled: bool) -> bool:
-    """Whether to end at this step. Of several processes, whether any was told to: all get the same answer at the same step."""
+class Ending:
+    """Whether to end: of several processes, whether any was told to. All ask in the same order, and get the same answer each time.
+
+    Args:
+      heard: whether this process was told to; of several, JAX's preemption service hears SIGTERM itself.
+    """
+
+    def __init__(self, heard: Callable[[], bool]):
+        self._heard, self._asked, self._told = heard, 0, False
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self._heard()
+        from jax.experimental import multihost_utils
+
+        # The service says yes once, at the number behind the highest that any process has asked with, from 0 at its start:
+        # with the steps of a run that goes on, what is heard before the first of them would be behind all that come
+        self._asked += 1
+        self._told = self._told or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._told
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has, in their order; what JSON can hold."""
     if jax.process_count() == 1:
-        return signalled
+        return [value]
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
 
 
 def total(number: float) -> float:

@@ -5,7 +5,8 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,8 @@ from svlm_jax.training.flops import Operations, operations, peak
 from svlm_jax.training.report import Report
 from svlm_jax.training.step import Metrics, Trainer, TrainState
 from svlm_jax.training.turns import turns_of
+
+TOLD = 8  # rows that a message names; those of a spike are all in its line of metrics.jsonl
 
 
 @runtime_checkable
@@ -44,15 +47,15 @@ class Taken:
     batch: Any  # on the devices
     place: dict[str, Any]  # in the data, behind this batch
     samples: tuple[tuple[str, ...], ...]
-    totals: Callable[[], list[float]]  # over all processes: operations by part, tokens without padding, labels of silent turns
-    fill: float  # part of the rows' tokens that are there
-    skipped: dict[str, int]  # rows of the data that could not be used so far, by reason
+    totals: Callable[[], list[float]]  # over all processes: operations by part, tokens without padding, labels of silent turns, rows skipped
+    room: int  # tokens of the rows of all processes, padding included
+    skipped: dict[str, int]  # rows of the data that this process could not use so far, by reason
     waited: float  # seconds for which the device may have had nothing to do
 
 
 @contextlib.contextmanager
 def told_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come; a second one ends the program at once.
+    """Whether SIGTERM or Ctrl-C has come (`hosts.Ending`); a second one ends the program at once.
 
     Of several processes each must stop at the same step: what one of them hears, JAX's preemption service tells all. SIGTERM is left to it,
     and Ctrl-C becomes one.
@@ -66,7 +69,7 @@ def told_to_end() -> Iterator[Callable[[], bool]]:
 
         before = signal.signal(signal.SIGINT, pass_on)
         try:
-            yield lambda: False
+            yield hosts.Ending(lambda: False)
         finally:
             signal.signal(signal.SIGINT, before)
         return
@@ -77,7 +80,7 @@ def told_to_end() -> Iterator[Callable[[], bool]]:
 
     former = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(heard)
+        yield hosts.Ending(lambda: bool(heard))
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -103,16 +106,16 @@ class Feed:
         if rows is None:
             return None
         segments = np.asarray(rows.batch.segments)
-        if segments.max(initial=0) > self.config.max_segments:
-            raise UserError(f"a row has {segments.max()} chunks, more than max_segments = {self.config.max_segments}: raise it")
         tokens = int((segments != PADDING).sum())
         work = operations(self.trainer.model, rows.batch, set(self.trained))
         silent = turns_of(rows.batch, self.pause).silent_labels
         batch = hosts.put(rows.batch, self.trainer.recipe.placement)
         placement = self.trainer.recipe.placement
         copies = hosts.copies(placement.mesh)  # type: ignore[arg-type]
-        totals = hosts.later_totals([number / copies for number in (*dataclasses.astuple(work), tokens, silent)], placement)
-        return Taken(step, batch, dict(self.source.get_state()), rows.samples, totals, tokens / segments.size, rows.skipped, waited)
+        numbers = (*dataclasses.astuple(work), tokens, silent, sum(rows.skipped.values()))
+        totals = hosts.later_totals([number / copies for number in numbers], placement)
+        room = self.config.data.rows * segments.shape[1]
+        return Taken(step, batch, dict(self.source.get_state()), rows.samples, totals, room, rows.skipped, waited)
 
 
 def run(
@@ -125,6 +128,7 @@ def run(
     *,
     pause: tuple[int, ...],
     evaluator: Evaluator | None = None,
+    compiled: Callable[[jax.stages.Compiled], None] = lambda program: None,
 ) -> tuple[TrainState, str]:
     """Takes steps until all are done, the data end or the program is told to; (the last state, why it ended).
 
@@ -133,6 +137,7 @@ def run(
     Args:
       pause: the labels of a silent turn (`turns.silence`).
       evaluator: what is evaluated on the way and at the end, if anything.
+      compiled: is given the step's program before it runs.
     """
     feed = Feed(source, trainer, config, frozenset(state.trained), pause)
     first, clock = int(state.step), report.clock
@@ -144,6 +149,7 @@ def run(
             raise UserError("the data have no batch (left): ask for fewer steps, or for more epochs")
         clock.lap("start_up")
         go, tracing = trainer.compiled(taken.batch), False
+        compiled(go)
         clock.lap("compile")
         while taken is not None:
             now = taken
@@ -155,7 +161,7 @@ def run(
             if last is not None:
                 report.write(_finish(*last, trainer, report))
             last = (now, metrics)
-            stop = hosts.stop_asked(now.step, ended())
+            stop = ended()
             more = not stop and now.step < config.steps
 
             metrics.loss.is_ready()  # type: ignore[union-attr]  (the first look only asks a GPU to tell: it is never yes)
@@ -173,8 +179,11 @@ def run(
             if save or evaluate:
                 record, last = _finish(*last, trainer, report), None
                 if evaluator is not None and evaluate:
-                    record |= evaluator(state, ended) or {}
+                    found = evaluator(state, ended)
                     clock.lap("evaluation")
+                    record |= found or {}
+                    if found is None:  # told to end in it: the step before it is the last
+                        stop, save, taken = True, True, None
                 report.write(record)  # before the checkpoint: a step that is saved has its line
             if save:
                 report.publish()
@@ -182,6 +191,11 @@ def run(
                 clock.lap("saving")
             if taken is None and now.step < config.steps:
                 why = f"it was told to end at step {now.step}" if stop else f"the data ended at step {now.step}"
+        if tracing:
+            jax.profiler.stop_trace()
+        unusable = _unusable(now, trainer)
+        if unusable:
+            report.say("rows that could not be used: " + ", ".join(f"{count:,} x {kind}" for kind, count in unusable.most_common()))
     checkpoints.wait()
     clock.lap("saving")
     return state, why
@@ -191,11 +205,11 @@ def _finish(taken: Taken, metrics: Metrics, trainer: Trainer, report: Report) ->
     """Waits for a step; what is told of it. Raises UserError where its loss or gradients are not finite."""
     found = jax.tree.map(np.asarray, jax.block_until_ready(_local(metrics)))
     seconds = report.clock.lap("steps", waited=taken.waited)
-    *parts, tokens, silent = taken.totals()
+    *parts, tokens, silent, unusable = taken.totals()
     work = Operations(*parts)
     best, devices = peak(jax.devices()[0]), jax.device_count()
     shares = None if best is None else {name: part / (seconds * devices * best) for name, part in dataclasses.asdict(work).items()}
-    record = {
+    record: dict[str, Any] = {
         "step": taken.step,
         "loss": float(found.loss),
         "accuracy": float(found.accuracy),
@@ -208,23 +222,44 @@ def _finish(taken: Taken, metrics: Metrics, trainer: Trainer, report: Report) ->
         "tokens_per_second": tokens / seconds,
         "step_ms": 1e3 * seconds,
         "data_wait": min(1.0, taken.waited / seconds),
-        "row_fill": taken.fill,
-        "rows_skipped": sum(taken.skipped.values()),
+        "row_fill": tokens / taken.room,
+        "rows_skipped": int(unusable),
         "flops": dataclasses.asdict(work),
         "mfu": None if shares is None else sum(shares.values()),
         "mfu_parts": shares,
         "peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
     if not found.finite:
-        rows = [i for i, loss in enumerate(found.row_loss) if not np.isfinite(loss)]
-        mesh: Any = trainer.recipe.placement.mesh
-        own = dict(zip(hosts.row_numbers(mesh, len(taken.samples)), taken.samples, strict=True))
-        names = [", ".join(own[i]) for i in rows if i in own]
-        where = f"in samples {'; '.join(names)}" if names else "in the gradients, no row's loss alone" if not rows else f"in rows {rows}"
+        rows = np.flatnonzero(~np.isfinite(found.row_loss)).tolist()
+        samples = _samples(taken, trainer)
+        where = f"in samples {_told(samples, rows)}" if rows else f"in the gradients, no row's loss alone, of {_told(samples, range(len(samples)))}"
         raise UserError(f"step {taken.step}: loss or gradients are not finite, {where}: go on from an earlier checkpoint with other settings or data")
     if found.spike:
-        report.say(f"step {taken.step}: a spike (loss {record['loss']:.3f}, gradient norm {record['gradient_norm']:.3g}), skipped: {taken.samples}")
+        samples = record["skipped_samples"] = _samples(taken, trainer)
+        which = f"samples of most loss: {_told(samples, np.argsort(-found.row_loss).tolist())}"
+        report.say(f"step {taken.step}: a spike (loss {record['loss']:.3f}, gradient norm {record['gradient_norm']:.3g}), skipped; {which}")
     return record
+
+
+def _unusable(taken: Taken, trainer: Trainer) -> Counter[str]:
+    """Rows of the data that could not be used up to a batch, by reason, over all processes, which ask together."""
+    mesh: Any = trainer.recipe.placement.mesh
+    by_part = dict(hosts.gathered([hosts.shard(mesh)[0], taken.skipped]))  # processes that load the same rows count them once
+    return sum((Counter(skipped) for skipped in by_part.values()), Counter())
+
+
+def _samples(taken: Taken, trainer: Trainer) -> list[list[str]]:
+    """Names of the samples of each row of a batch, over all processes, which ask together."""
+    mesh: Any = trainer.recipe.placement.mesh
+    own = list(zip(hosts.row_numbers(mesh, len(taken.samples)), map(list, taken.samples), strict=True))
+    rows = {row: names for part in hosts.gathered(own) for row, names in part}
+    return [rows[row] for row in sorted(rows)]
+
+
+def _told(samples: list[list[str]], rows: Sequence[int]) -> str:
+    """Names of the samples of these rows, the first TOLD of them."""
+    more = len(rows) - TOLD
+    return "; ".join(", ".join(samples[row]) for row in rows[:TOLD] if samples[row]) + (f"; and {more} rows more" if more > 0 else "")
 
 
 def _local(metrics: Metrics) -> Metrics:

@@ -17,7 +17,7 @@ from svlm_jax.training.step import Trainer
 
 def make_trainer(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, platform: str) -> Trainer:
     """The trainer of a run on this mesh, of devices of `platform` ("cpu", "gpu" or "tpu")."""
-    job = Job(model, mesh, platform, config.data.shape.tokens, config.max_segments, config.step.dtype)
+    job = Job(model, mesh, platform, config.data.shape.tokens, config.data.shape.samples, config.step.dtype)
     unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
     recipe = Recipe(choose(config.attention, job), Placement(mesh), unit, config.remat, config.vision_remat)
     return Trainer(model, config.step, recipe, config.steps)
