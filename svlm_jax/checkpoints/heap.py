@@ -6,7 +6,8 @@ Half of the processor time of a conversion, which takes and frees gigabytes, wen
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # glibc's malloc.h
-LARGEST = 1 << 30  # bytes: a larger buffer goes back to the system when it is freed
+KEPT = 1 << 30  # bytes at most
+LARGEST = 64 << 20  # bytes: a larger buffer goes back to the system when it is freed, so that there is room for the next one of its kind
 
 
 def keep_freed() -> bool:
@@ -15,4 +16,4 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(mallopt(name, value) for name, value in ((MMAP_THRESHOLD, LARGEST), (TRIM_THRESHOLD, 2 * LARGEST - 1), (ARENA_MAX, 1)))
+    return all(mallopt(name, value) for name, value in ((MMAP_THRESHOLD, LARGEST), (TRIM_THRESHOLD, KEPT), (ARENA_MAX, 1)))
