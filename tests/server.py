@@ -25,9 +25,10 @@ class Server:
     """`lines` are its log, JSON objects."""
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None):
+        inherited = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}  # a server keeps deadlines
         command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *SMALL, *flags]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**inherited, **(env or {})}, start_new_session=True
         )
         self.lines: list[dict[str, Any]] = []
         self.errors: list[str] = []
@@ -67,6 +68,10 @@ class Server:
                 assert answer.status_code == 201, answer.text
                 return answer.json()["id"]
             time.sleep(1)
+
+    def calm(self) -> None:
+        """Waits until a live stream is admitted."""
+        self.http.delete(f"/v1/streams/{self.open(source='push')}")
 
     def status(self, id: str) -> dict[str, Any]:
         return self.http.get(f"/v1/streams/{id}").json()

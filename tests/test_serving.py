@@ -14,6 +14,7 @@ import threading
 import time
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
@@ -75,6 +76,9 @@ def test_the_sample_is_captioned_as_by_an_engine_of_its_own(server, sample):
     id, captions = sample
     stream = StreamConfig(vision_window=4, text_window=4, max_new_tokens=6, max_pixels=9408)
     use_compilation_cache()
+    jax.clear_caches()  # of what was compiled in a hurry
+    hurried = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
     try:
         service = Service(ServeConfig(stream, places=3, size=(84, 112)))
         model, spec = service.checkpoint.load(), service.spec
@@ -87,6 +91,8 @@ def test_the_sample_is_captioned_as_by_an_engine_of_its_own(server, sample):
             texts.append(engine.spoken(engine.step(frames, {0: (item.start, item.end)}).tokens()[0]))
     finally:
         use_compilation_cache(False)
+        jax.config.update("jax_disable_most_optimizations", hurried)
+        jax.clear_caches()
     assert texts == [c["text"] for c in captions]
     assert [(c["start"], c["end"]) for c in captions] == [(r, r + 1) for r in range(12)]
     status = server.status(id)
@@ -388,7 +394,7 @@ def test_realtime_closes_what_goes_too_far(server):
                 await socket.send(binary(1, index / 1000, b"small"))
 
     assert [asyncio.run(talk(server, send))[1] for send in (large, noisy)] == [1009, 1008]
-    server.http.delete(f"/v1/streams/{server.open(source='push')}")  # a live stream is admitted
+    server.calm()
     assert asyncio.run(talk(server, fast, "clock=live"))[1] == 1008
 
 
@@ -423,6 +429,7 @@ def test_offers_of_cameras_that_are_refused(server):
         answer = offered(server, "v=0")
         assert answer.status_code == 501 and "pip install 'svlm-jax[webrtc]'" in answer.json()["error"]["message"]
         return
+    server.calm()
     assert offered(server, "{}", "application/json").status_code == 415
     assert offered(server, "v" * 100_000).status_code == 413
     assert offered(server, "").status_code == 400
@@ -437,7 +444,7 @@ def test_a_camera_over_webrtc(server):
     pytest.importorskip("aiortc", reason="aiortc is not installed: pip install 'svlm-jax[webrtc]'")
     from camera import film
 
-    server.http.delete(f"/v1/streams/{server.open(source='push')}")  # a live stream is admitted
+    server.calm()
     at: list[str] = []
 
     def answer(offer: str, **query) -> str:

@@ -203,7 +203,9 @@ class Scheduler:
         if self._doubted:  # the machine may have been busy with something else then, and without streams there are no new rounds to tell
             self._doubted = False
             if not self.rows:
-                self.measure(self._trial())
+                took = self._trial()
+                self._took.clear()  # what was slow has passed: the machine as it is now decides
+                self.measure(took)
         return ()
 
     def _on_grid(self, running: Sequence[Session], ready: Sequence[Session], now: float) -> float | None:
