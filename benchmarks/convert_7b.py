@@ -33,13 +33,15 @@ from svlm_jax.model.qwen_vl import abstract_params
 
 GB = 1e9
 SHARD_BYTES = 5e9
-# In a process of its own, whose peak is the conversion's; the interpreter's is taken after JAX and Orbax have been imported and started
+# As `svlm convert` does, in a process of its own, whose peak is the conversion's; the interpreter's is taken once JAX and Orbax have started
 MEASURED = """
 import json, sys, time
 from pathlib import Path
 import jax
 from svlm_jax.checkpoints import orbax_form
 from svlm_jax.checkpoints.convert import convert
+from svlm_jax.checkpoints.heap import keep_freed
+keep_freed()
 orbax_form.library()
 jax.block_until_ready(jax.numpy.zeros(8))
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

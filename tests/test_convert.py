@@ -267,7 +267,7 @@ def test_a_full_disk(tmp_path, forms, monkeypatch):
         with pytest.raises(UserError, match=r"out cannot be written \(No space left on device\)"):
             convert(forms[0], tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.partial, "save_async", lambda *_: (_ for _ in ()).throw(failure))
+        patch.setattr(ocp.partial, "save", lambda *_: (_ for _ in ()).throw(failure))
         with pytest.raises(UserError, match=r"out cannot be written \(No space left on device\)"):
             convert(forms[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -158,7 +158,7 @@ def random_params(config: ModelConfig, key: Array, dtype: Any, mesh: Mesh | None
     places: Any = None if mesh is None else param_shardings(config, mesh)
 
     def maker(make, place):
-        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(Declare(nnx.Rngs(params=key), dtype)))), out_shardings=place)
+        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(Declare(key, dtype)))), out_shardings=place)
 
     rest = dataclasses.replace(
         config,

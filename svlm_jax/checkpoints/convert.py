@@ -13,7 +13,7 @@ import numpy as np
 from svlm_jax.checkpoints.adapters import LowRank, Merge, read_adapter, save_adapter
 from svlm_jax.checkpoints.hub_config import is_text_only, read_config
 from svlm_jax.checkpoints.load import find
-from svlm_jax.checkpoints.orbax_form import eight_bits, is_orbax, library, write_orbax
+from svlm_jax.checkpoints.orbax_form import GROUP_BYTES, SAVED_TOGETHER, eight_bits, is_orbax, library, write_orbax
 from svlm_jax.checkpoints.plan import Path_
 from svlm_jax.checkpoints.run_form import RunSource, base_of, described_in, is_run
 from svlm_jax.checkpoints.safetensors_file import FLOATS
@@ -107,7 +107,7 @@ def convert(
     stored = jax.tree.leaves(quantized_shapes(abstract_params(config, dtype=opened.dtype), small))
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored)
     merge = None if adapter is None else Merge(read_adapter(adapter, config), config)
-    parameters = Parameters(opened, config, merge)
+    parameters = Parameters(opened, config, merge, together=SAVED_TOGETHER if form == "orbax" else GROUP_BYTES)
     tally = _Tally(total * 2 if is_remote(target) else total, progress)
     # Of what goes to a bucket, a file that is on its way and the next are here at once; Orbax's files are done when the last array is
     room = min(total, 2 * int(shard_bytes)) if is_remote(target) and form == "hf" else total

@@ -46,6 +46,9 @@ class Fetched:
             list(pool.map(read, parts))
         return content.view(dtype).reshape(shape)
 
+    def expect(self, stored: Stored) -> None:
+        """Nothing is read ahead of what is asked for."""
+
     def release(self, stored: Stored) -> None:
         """The tensor goes where its last view goes."""
 

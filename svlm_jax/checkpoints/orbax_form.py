@@ -14,6 +14,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ PARAMS = "params"
 Keep = Callable[[Path_, Any], Any]  # what is kept of a parameter that has been read: an array, or a weight in eight bits
 CHUNK_BYTES = 32 << 20
 VALUES, SCALE = "values", "scale"  # of a weight in eight bits
-GROUP_BYTES = 512 << 20  # of parameters read or written together
+GROUP_BYTES = 512 << 20  # of parameters read together
+SAVED_TOGETHER = 1 << 30  # bytes of parameters: each partial save reads and writes the names of all that were saved before
 MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
 
 
@@ -246,22 +248,29 @@ def grouped(shapes: Mapping[Path_, tuple[int, ...]], itemsize: int, limit: int =
 
 
 def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None:
-    """Writes arrays, asked for group by group, as `folder`/params. OSError where the disk cannot take them."""
+    """Writes arrays, asked for group by group (an empty one: after all before), as `folder`/params. OSError where the disk cannot take them."""
     ocp = library()
     target = directory(folder / PARAMS)
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink, and what is not packed is read in place
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    saving: Any = None
-    with quiet(), context:
+    context.memory_options.deepcopy_host_arrays = False  # a group is written before it is let go, and nobody changes it
+
+    def save(tree: Params) -> None:
+        with context:
+            ocp.partial.save(target, tree)
+
+    with quiet(), ThreadPoolExecutor(1) as writer:
+        saving: Future[None] | None = None
         try:
             for group in groups:  # the next one is read while this one goes to the disk
                 if saving is not None:
                     saving.result()
-                saving = ocp.partial.save_async(target, _tree(group.items()))
+                saving = writer.submit(save, _tree(group.items())) if group else None
             if saving is not None:
                 saving.result()
-            ocp.partial.finalize(target)
+            with context:
+                ocp.partial.finalize(target)
         except UserError:
             raise
         except Exception as error:  # tensorstore raises ValueError for whatever the system says

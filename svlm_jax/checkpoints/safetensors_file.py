@@ -108,19 +108,28 @@ class Mapped:
         shape, width = stored.shape if shape is None else shape, FLOATS[stored.dtype].itemsize
         if not stored.nbytes:
             return np.empty(shape, f"<u{width}")
-        if stored.file not in self._maps:
-            with open(stored.file, "rb") as source:
-                self._maps[stored.file] = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-        flat = np.frombuffer(self._maps[stored.file], f"<u{width}", stored.nbytes // width, stored.start)
+        flat = np.frombuffer(self._map(stored.file), f"<u{width}", stored.nbytes // width, stored.start)
         return flat.reshape(shape)
+
+    def expect(self, stored: Stored) -> None:
+        """Says that the tensor is going to be looked at: the system begins to read it, in larger parts than a look at a page makes it read."""
+        self._advise(stored, "MADV_WILLNEED")
 
     def release(self, stored: Stored) -> None:
         """Takes the tensor's pages out of this process's memory; a later view reads them again."""
-        if stored.file in self._maps and hasattr(mmap, "MADV_DONTNEED"):  # a hint: Windows has none, and does without
-            first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = stored.start + stored.nbytes - first
-            if length > 0:
-                self._maps[stored.file].madvise(mmap.MADV_DONTNEED, first, length)
+        self._advise(stored, "MADV_DONTNEED")
+
+    def _map(self, file: Place) -> mmap.mmap:
+        if file not in self._maps:
+            with open(file, "rb") as source:
+                self._maps[file] = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+    def _advise(self, stored: Stored, word: str) -> None:
+        first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = stored.start + stored.nbytes - first
+        if length > 0 and hasattr(mmap, word):  # a hint: Windows has none, and does without
+            self._map(stored.file).madvise(getattr(mmap, word), first, length)
 
 
 @dataclasses.dataclass(frozen=True)

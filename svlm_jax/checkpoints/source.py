@@ -19,6 +19,7 @@ from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization
 from svlm_jax.storage import Place
 
+AT_ONCE = 2  # parameters: one is copied while another's bookkeeping is done
 COMPARED_AT_ONCE = 1 << 20  # numbers, which fit into the cache
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF0000000000000}}
 
@@ -36,8 +37,15 @@ class HubSource:
 
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`."""
-        with ThreadPoolExecutor(COPIERS) as pool:
-            return {path: assemble(self._targets[path], [whole(self.shapes[path])], self._files, pool)[0] for path in paths}
+        for path in paths:
+            for block in self._targets[path].blocks:
+                self._files.expect(block.stored)
+        with ThreadPoolExecutor(COPIERS) as pool, ThreadPoolExecutor(AT_ONCE) as readers:
+
+            def read(path: Path_) -> np.ndarray:
+                return assemble(self._targets[path], [whole(self.shapes[path])], self._files, pool)[0]
+
+            return dict(zip(paths, readers.map(read, paths), strict=True))
 
 
 @runtime_checkable
@@ -65,16 +73,24 @@ def open_source(folder: Place, config: ModelConfig, *, dtype: Any = None) -> Sou
 class Parameters:
     """The parameters of a source, read a group at a time as they are asked for; two groups at most are in memory.
 
-    `change` is applied to every parameter that is read; then each must be finite, or UserError names the tensor.
+    `change` is applied to every parameter that is read; then each must be finite, or UserError names the tensor. A group is `together`
+    bytes at most, unless one parameter alone is larger.
     """
 
-    def __init__(self, source: Source, config: ModelConfig, change: Callable[[Path_, np.ndarray], np.ndarray] | None = None):
-        self._source, self._change = source, change
+    def __init__(
+        self,
+        source: Source,
+        config: ModelConfig,
+        change: Callable[[Path_, np.ndarray], np.ndarray] | None = None,
+        *,
+        together: int = GROUP_BYTES,
+    ):
+        self._source, self._change, self._together = source, change, together
         self._pieces: dict[Path_, list[Piece]] = {}
         for piece in name_table(config):
             self._pieces.setdefault(piece.path, []).append(piece)
         ordered = {path: source.shapes[path] for path in self._pieces}
-        self._groups = grouped(ordered, source.dtype.itemsize)
+        self._groups = grouped(ordered, source.dtype.itemsize, together)
         self.paths = tuple(ordered)
         self._of = {path: index for index, group in enumerate(self._groups) for path in group}
         self._index, self._held = -1, {}
@@ -89,7 +105,7 @@ class Parameters:
             coming, self._next = self._next, None
             found = coming.result() if coming is not None and index == self._index + 1 else self._group(index)
             self._index, self._held = index, found
-            if index + 1 < len(self._groups) and max(self._bytes(index), self._bytes(index + 1)) <= GROUP_BYTES:
+            if index + 1 < len(self._groups) and max(self._bytes(index), self._bytes(index + 1)) <= self._together:
                 self._next = self._reader.submit(self._group, index + 1)
         return self._held[path]
 
@@ -101,27 +117,33 @@ class Parameters:
         return ", ".join(piece.name for piece in self._pieces[path])
 
     def groups(self) -> Iterator[dict[Path_, np.ndarray]]:
-        """Each group in turn; it is the caller's alone."""
+        """Each group in turn; it is the caller's alone. Before a large one comes an empty one: there is no room for another beside it."""
         for index in range(len(self._groups)):
+            if self._bytes(index) > self._together:
+                yield {}
             yield self._group(index)
 
     def _group(self, index: int) -> dict[Path_, np.ndarray]:
         found = self._source.read(self._groups[index])
-        for path, array in found.items():
-            if self._change is not None:
-                found[path] = self._change(path, array)
-            if not finite(found[path]):
-                piece = next(piece for piece in self._pieces[path] if not finite(piece.export(found[path])))
-                raise UserError(
-                    f"{piece.name} holds numbers that are not finite (NaN or infinite) as {array.dtype.name}: "
-                    "take a checkpoint from before training broke down, or a wider dtype"
-                )
-        return found
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return dict(zip(found, pool.map(self._checked, found, found.values()), strict=True))
+
+    def _checked(self, path: Path_, array: np.ndarray) -> np.ndarray:
+        if self._change is not None:
+            array = self._change(path, array)
+        if not finite(array):
+            piece = next(piece for piece in self._pieces[path] if not finite(piece.export(array)))
+            raise UserError(
+                f"{piece.name} holds numbers that are not finite (NaN or infinite) as {array.dtype.name}: "
+                "take a checkpoint from before training broke down, or a wider dtype"
+            )
+        return array
 
 
 def finite(array: np.ndarray) -> bool:
     """Whether every number is neither NaN nor infinite: then its exponent is not all ones."""
     mask = EXPONENT[array.itemsize][array.dtype.name]
     flat = np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
-    step, kind = COMPARED_AT_ONCE, flat.dtype.type
-    return not any(((flat[start : start + step] & kind(mask)) == mask).any() for start in range(0, flat.size, step))
+    parts = (flat[start : start + COMPARED_AT_ONCE] for start in range(0, flat.size, COMPARED_AT_ONCE))
+    exponents = np.empty(min(flat.size, COMPARED_AT_ONCE), flat.dtype)
+    return not any(np.bitwise_and(part, flat.dtype.type(mask), out=exponents[: part.size]).max() == mask for part in parts)

@@ -5,7 +5,8 @@ With `stack=L` every parameter of a layer gets a leading "layers" axis: one stac
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,19 +32,22 @@ def fan_in(*axes: int) -> Initializer:
 
 
 class Declare:
-    """Makes the parameters of one module: `declare(shape, axes, init)`."""
+    """Makes the parameters of one module: `declare(shape, axes, init)`. Without a `key` they are shapes: nothing is drawn or traced."""
 
-    def __init__(self, rngs: nnx.Rngs, dtype: Any, stack: int | None = None):
-        self.rngs, self.dtype, self.stack = rngs, dtype, stack
+    def __init__(self, key: Array | None, dtype: Any, stack: int | None = None, count: Iterator[int] | None = None):
+        self.key, self.dtype, self.stack = key, dtype, stack
+        self.count = itertools.count() if count is None else count  # of the parameters so far, each of which has a key of its own
 
     def __call__(self, shape: Sequence[int], axes: Sequence[str | None], init: Initializer) -> nnx.Param:
         assert len(shape) == len(axes), (shape, axes)
         if self.stack is not None:
             shape, axes = (self.stack, *shape), ("layers", *axes)
-        return nnx.Param(init(self.rngs.params(), tuple(shape), self.dtype), axes=tuple(axes))
+        if self.key is None:
+            return nnx.Param(jax.ShapeDtypeStruct(tuple(shape), self.dtype), axes=tuple(axes))
+        return nnx.Param(init(jax.random.fold_in(self.key, next(self.count)), tuple(shape), self.dtype), axes=tuple(axes))
 
     def stacked(self, count: int) -> "Declare":
-        return Declare(self.rngs, self.dtype, count)
+        return Declare(self.key, self.dtype, count, self.count)
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "... D"]:

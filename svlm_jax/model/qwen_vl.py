@@ -18,18 +18,17 @@ from svlm_jax.types import Array, Float, Int, Params, UInt8
 
 
 class QwenVL(nnx.Module):
-    """A vision tower and a decoder: two parameter trees and the equations over them."""
+    """A vision tower and a decoder: two parameter trees and the equations over them. Without a `key` the parameters are shapes."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, stacked: bool = False):
-        declare = Declare(rngs, dtype)
+    def __init__(self, config: ModelConfig, *, key: Array | None, dtype: Any = jnp.float32, stacked: bool = False):
+        declare = Declare(key, dtype)
         self.vision = VisionTower(config.vision, declare)
         self.text = Decoder(config.text, declare, stacked=stacked)
 
 
 @functools.lru_cache(maxsize=16)
 def _abstract(config: ModelConfig, dtype: str, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), stacked=stacked))
-    return nnx.split(model)
+    return nnx.split(QwenVL(config, key=None, dtype=jnp.dtype(dtype), stacked=stacked))
 
 
 def is_stacked(params: Params) -> bool:
@@ -61,7 +60,7 @@ def logical_axes(config: ModelConfig, *, stacked: bool = False) -> Params:
 
 def init_params(config: ModelConfig, key: Array, *, dtype: Any = jnp.float32, stacked: bool = False) -> Params:
     """Random parameters, drawn on the device. `key` is a PRNG key; jit it with `out_shardings` to draw them sharded."""
-    model = QwenVL(config, rngs=nnx.Rngs(params=key), dtype=dtype, stacked=stacked)
+    model = QwenVL(config, key=key, dtype=dtype, stacked=stacked)
     return nnx.to_pure_dict(nnx.state(model))
 
 
