@@ -27,7 +27,7 @@ BACK_OFF = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a live source is o
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Frame:
-    seconds: float  # of the stream; by the live clock, when it came
+    seconds: float  # since the first frame, by the sender's clock
     data: bytes | np.ndarray  # an encoded picture, or pixels
     arrived: float
 
@@ -58,7 +58,7 @@ class PushedSource(Source):
         self._changed = threading.Condition()
         self._pending: collections.deque[_Frame] = collections.deque()
         self._ready: collections.deque[tuple[Round, int]] = collections.deque()  # and the frames that are in it
-        self._origin: float | None = None  # the live clock: when the stream's first sample was due
+        self._origin: float | None = None  # the live clock: when the stream's first sample is due, once its first frame has been decoded
         self._first: float | None = None  # the file's clock: the first frame's own time
         self._last = -math.inf
         self._at = 0.0  # the file's clock: the sample time that comes next
@@ -95,12 +95,10 @@ class PushedSource(Source):
             if self.paused and self.live:
                 return
             self.counts.received += 1
-            if self._origin is None:
-                self._origin = self._grid.next(now) - (self._shape.frames - 1) / self._shape.fps
             if self.live and self._pending:
                 self._pending.pop()
                 self.counts.thinned += 1
-            self._pending.append(_Frame(now - self._origin if self.live else seconds - self._first, data, now))
+            self._pending.append(_Frame(seconds - self._first, data, now))
             self._changed.notify_all()
 
     def flush(self) -> None:
@@ -167,6 +165,10 @@ class PushedSource(Source):
                     if decoded is not None:
                         pixels, fresh, arrived = decoded, fresh + 1, frame.arrived
                     current = frame
+                if self.live and self._origin is None:  # a decoder's process has begun: the time that takes is not the stream's
+                    with self._changed:
+                        self._origin = self._grid.next(time.monotonic()) - (self._shape.frames - 1) / self._shape.fps
+                    continue
                 if pixels is not None:
                     batch.append(pixels)
                 sample += 1
@@ -191,7 +193,7 @@ class PushedSource(Source):
                 now = time.monotonic()
                 if self._closed:
                     return None
-                if self._pending or self._origin is not None or self._finished:
+                if self._pending or self._origin is not None or self._first is not None or self._finished:
                     known = self._live_choice(sample, now) if self.live else self._file_choice(sample, begun)
                     if known is not None:
                         index, frame, over = known
@@ -208,6 +210,8 @@ class PushedSource(Source):
     def _live_choice(self, sample: int, now: float) -> tuple[int, _Frame | None, bool] | None:
         if self._finished and not self._pending:
             return sample, None, True
+        if self._origin is None:
+            return (sample, self._pending[-1], False) if self._pending else None
         if now < self._due(sample):
             return None
         behind = math.floor((now - self._due(0)) / self._shape.chunk_seconds) * self._shape.frames
