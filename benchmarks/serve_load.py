@@ -54,6 +54,7 @@ ROOT = Path(__file__).parent.parent
 FLAT = 0.02  # of memory, and of a round's time
 LOOKS = 2.0  # seconds between looks at the server
 ATTEMPTS = 15  # to be let in: more than a minute, which is how long a server that was too slow remembers it
+SLACK = 5.0  # seconds: a stream begins with its first round, not with its first frame, and its last words come after its last frame
 SOAK_STREAMS = 4
 UNDISTURBED = 2
 AHEAD = 8  # rounds of video that are sent before the first of them is told
@@ -257,21 +258,25 @@ async def let_in(attempt: Callable[[], Coroutine[Any, Any, Any]]) -> bool:
 
 
 async def watch_live(server: Server, offset: float, seconds: float, rounds: list[int]) -> None:
-    """One live stream, `offset` seconds after the others; adds the number of its rounds."""
+    """One live stream, `offset` seconds after the others, until it has told `seconds` of rounds; adds their number."""
     async with server.realtime("clock=live") as socket:
         await join(socket)
+        told = 0
 
         async def send() -> None:
             began = time.monotonic() + offset
-            for index in range(round(seconds * server.fps)):
+            for index in range(round((seconds + SLACK) * server.fps)):
+                if told * server.chunk >= seconds:
+                    break
                 await asyncio.sleep(began + index / server.fps - time.monotonic())
                 await socket.send(binary(1, index / server.fps, server.frames[index % len(server.frames)]))
             await socket.send(binary(2))
 
         sending = asyncio.create_task(send())
-        heard = [json.loads(text)["type"] async for text in socket]
+        async for text in socket:
+            told += json.loads(text)["type"] == "response.done"
         await sending
-    rounds.append(heard.count("response.done"))
+    rounds.append(told)
 
 
 async def undisturbed(server: Server, seed: int, more: Callable[[int], bool]) -> list[str]:
