@@ -193,7 +193,7 @@ class PushedSource(Source):
                 now = time.monotonic()
                 if self._closed:
                     return None
-                if self._pending or self._origin is not None or self._first is not None or self._finished:
+                if self._first is not None or self._finished:
                     known = self._live_choice(sample, now) if self.live else self._file_choice(sample, begun)
                     if known is not None:
                         index, frame, over = known
