@@ -96,6 +96,28 @@ def test_moments_in_bfloat16():
         np.testing.assert_allclose(mean, wanted, rtol=0.02)
 
 
+def test_muon_takes_orthogonal_steps():
+    """Of each matrix: queries, keys, values and layers are matrices of their own. All else is Adam's, whose first step is as large for each."""
+    rate = 1e-3
+    made = trainer(config(optimizer=OptimizerConfig(kind="muon", learning_rate=rate, warmup=0.0)))
+    state = start(made)
+    axes, rng = made.axes(), np.random.default_rng(0)
+    gradients = {path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for path, leaf in state.trained.items()}
+    updates, _ = jax.jit(made.optimizer.update)(gradients, state.moments, state.trained)
+    layers, width, kv_heads, kinds, head_dim = updates["text.layers.qkv"].shape
+    for layer in range(layers):
+        for kind in range(kinds):
+            matrix = np.asarray(updates["text.layers.qkv"][layer, :, :, kind]).reshape(width, kv_heads * head_dim)
+            values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * rate * max(matrix.shape) ** 0.5)
+            assert values.min() > 0.6 and values.max() < 1.3, values  # five iterations leave that much
+    assert axes["text.layers.attention_norm"] == ("layers", "norm")
+    for path in ("text.layers.attention_norm", "text.embedding", "text.head"):
+        low, high = np.percentile(np.abs(updates[path]), (5, 95))  # but where a gradient is as small as epsilon
+        assert high / low < 1.01
+    with pytest.raises(UserError, match="muon keeps its moments in float32"):
+        OptimizerConfig(kind="muon", moments="bfloat16")
+
+
 def test_spikes_and_what_is_not_finite_change_nothing(stepping):
     made, go = stepping
     state = start(made)

@@ -31,6 +31,7 @@ class FilmConfig:
     width: int = WIDTH
     quality: int = 24  # x264's constant rate factor: less is better
     preset: str = "veryfast"
+    tune: str = ""  # x264's, such as fastdecode,zerolatency
     start: float = 0.0  # seconds of the match before the video's first picture
 
     def __post_init__(self):
@@ -48,7 +49,7 @@ def write_video(match: Match, path: str | os.PathLike, config: FilmConfig | None
     c = config or FilmConfig()
     painter = Painter(match, c.height, c.width)
     converter = VideoReformatter()
-    options = {"crf": str(c.quality), "preset": c.preset, "g": str(KEYFRAME_SECONDS * c.fps), "threads": "1"}
+    options = {"crf": str(c.quality), "preset": c.preset, "g": str(KEYFRAME_SECONDS * c.fps), "threads": "1"} | ({"tune": c.tune} if c.tune else {})
     with whole_file(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=c.fps, options=options)
         stream.height, stream.width, stream.pix_fmt = c.height, c.width, "yuv420p"

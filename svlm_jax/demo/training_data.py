@@ -27,7 +27,8 @@ OPENING_SECONDS = 48.0
 ALL = 96, 480  # first and last words of the previous text that rows can need
 MEMORY = {"placed": (0, 48), "glances": (0, 0)}  # there it would be full of places, and rows too long
 EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 1.2, "glances": 1.0, "openings": 6.0}  # seconds between two questions, on average
-PRESETS = "ultrafast", "superfast", "ultrafast", "veryfast"  # of x264: fast ones, and not all the same
+LIGHT = "fastdecode,zerolatency"
+STYLES = ("ultrafast", ""), ("superfast", LIGHT), ("veryfast", LIGHT), ("veryfast", "")  # of x264: quick to read, and not all the same
 SIGHTS = "places", "places", "places", "ball"
 KINDS = {"asked": ("ball", "ball", "score", "scorer"), "placed": SIGHTS, "glances": SIGHTS}  # mostly what can be seen
 CHUNKS = {"glances": ChunkConfig(window=4, overlap=0)}  # of 24 seconds, else
@@ -48,7 +49,8 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     """Films a match; its rows by data set."""
     match = simulate(task.seed, task.seconds)
     name = f"{task.seed}.mp4"
-    write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=PRESETS[task.seed % len(PRESETS)]))
+    preset, tune = STYLES[task.seed % len(STYLES)]
+    write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=preset, tune=tune))
     found = {}
     for number, data_set in enumerate(("openings",) if task.opening else ("chunks", "asked", "placed", "glances")):
         lines = commentate(match, random_questions(match, EVERY[data_set], seed=number, kinds=KINDS.get(data_set, ASKED)))

@@ -1,22 +1,33 @@
-"""AdamW after clipping, on a cosine with warm-up: optax's parts, with the moments in a type of their own."""
+"""AdamW or Muon after clipping, on a cosine with warm-up: optax's parts, with the moments in a type of their own."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from svlm_jax.errors import UserError
 from svlm_jax.types import Array
 
 DTYPES = ("float32", "bfloat16")
+KINDS = ("adamw", "muon")
+ADAM_SIZE = 0.2  # what Muon's updates are scaled to, the root mean square of AdamW's (arXiv 2502.16982): one learning rate serves both
+WIDTHS = frozenset(("mlp", "heads", "kv_heads", "head_dim"))  # logical axes that, with `embed`, make a product's matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with StreamingVLM's settings: 1e-5, cosine to zero, 3% warm-up."""
+    """AdamW (arXiv 1711.05101) with StreamingVLM's settings: 1e-5, cosine to zero, 3% warm-up.
 
+    With `kind` muon (arXiv 2502.16982) the layers' products take orthogonalised steps, and Nesterov's AdamW has all else: for models that are
+    trained from random weights.
+    """
+
+    kind: str = "adamw"
     learning_rate: float = 1e-5
     warmup: float = 0.03  # part of all steps
     final: float = 0.0  # the learning rate at the end, as a part of its peak
@@ -28,6 +39,10 @@ class OptimizerConfig:
     moments: str = "float32"  # or bfloat16: half the memory, rounded at random so that small changes add up
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"optimizer.kind {self.kind!r} is unknown: {' or '.join(KINDS)}")
+        if self.kind == "muon" and self.moments != "float32":
+            raise UserError("optimizer.kind muon keeps its moments in float32: leave optimizer.moments out")
         for name, low, high in (("warmup", 0, 1), ("final", 0, 1), ("b1", 0, 1), ("b2", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"optimizer.{name} must be from {low} to {high}, not {getattr(self, name)}")
@@ -47,8 +62,23 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0 if warm else peak, peak, warm, max(steps, warm + 1), peak * config.final)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Takes float32 gradients as a flat dict by path."""
+def make_optimizer(config: OptimizerConfig, steps: int, axes: Mapping[str, tuple[str | None, ...]]) -> optax.GradientTransformation:
+    """Takes float32 gradients as a flat dict by path; `axes` are the logical axes of each."""
+    if config.kind == "muon":
+
+        def matrices(params: Any) -> Any:
+            return {path: _matrix(axes[path]) for path in params}
+
+        muon = optax.contrib.muon(
+            schedule(config, steps),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=ADAM_SIZE,
+            muon_weight_dimension_numbers=matrices,
+        )
+        return optax.chain(optax.clip_by_global_norm(config.clip), muon)
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -56,6 +86,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
+
+
+def _matrix(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
+    """Which axes of a product's weight are its matrix: queries, keys and values, gate and up, and layers are matrices of their own."""
+    given = tuple(i for i, axis in enumerate(axes) if axis == "embed")
+    taken = tuple(i for i, axis in enumerate(axes) if axis in WIDTHS)
+    return MuonDimensionNumbers(given, taken) if given and taken else None
 
 
 def _decayed(params: dict[str, Any]) -> dict[str, bool]:

@@ -82,7 +82,7 @@ class Trainer:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer, self.steps)
+        return make_optimizer(self.config.optimizer, self.steps, self.axes())
 
     # The state
 
