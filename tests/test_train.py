@@ -238,7 +238,7 @@ def test_settings_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("step.optimizer.rate=1", "there is no setting 'rate' here: learning_rate, warmup"),
+        ("step.optimizer.rate=1", "there is no setting 'rate' here: kind, learning_rate, warmup"),
         ("steps=many", "steps=many: a value of type int is wanted"),
         ("steps=1.5", "steps=1.5: a value of type int is wanted"),
         ("steps", "'steps' is no setting: write key=value"),
