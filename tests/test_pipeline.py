@@ -2,9 +2,12 @@
 
 import collections
 import dataclasses
+import errno
 import itertools
 import json
 import logging
+import os
+import tempfile
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import small
 
 from svlm_jax.config import VisionConfig
+from svlm_jax.data import parcel
 from svlm_jax.data.annotations import parse_annotation
 from svlm_jax.data.loader import FrameCache, LoaderConfig, Rejected, SampleLoader, Source, read_clip
 from svlm_jax.data.packing import RowShape
@@ -93,6 +97,46 @@ def test_worker_processes_change_nothing(config):
     for ours, theirs in zip(take(iterator, 4), take(iter(batches(config, shard=(1, 4))), 4), strict=True):
         same(ours, theirs)
     iterator.close()
+
+
+def test_closing_leaves_nothing_that_worker_processes_wrote(config):
+    iterator = iter(batches(config, Workers(processes=1, threads=1, ahead=2, batches_ahead=1), shard=(1, 4)))
+    next(iterator)
+    names = [name for folder in (parcel.MEMORY, tempfile.gettempdir()) if os.path.isdir(folder) for name in os.listdir(folder)]
+    assert any(name.startswith(f"svlm-{os.getpid()}-") for name in names)  # what is ahead
+    iterator.close()
+    names = [name for folder in (parcel.MEMORY, tempfile.gettempdir()) if os.path.isdir(folder) for name in os.listdir(folder)]
+    assert not any(name.startswith(f"svlm-{os.getpid()}-") for name in names)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_parcel_is_read_part_by_part_and_goes_elsewhere_where_memory_is_full(monkeypatch, full):
+    write = parcel._write
+
+    def no_room(path, array):
+        write(path, array[:1])
+        if os.path.dirname(path) == parcel.MEMORY:
+            os.truncate(path, 1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.unlink(path)
+        write(path, array)
+
+    if full:
+        monkeypatch.setattr(parcel, "_write", no_room)
+    post, array = parcel.Post(), np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
+    sent = post.pack(array)
+    assert sent.shape == (4, 3, 2) and len(sent) == 4
+    assert not full or os.path.dirname(sent.path) == tempfile.gettempdir()
+    whole = np.zeros((5, 3, 2), np.uint8)
+    sent.read([whole[1:2], whole[2:5]])
+    np.testing.assert_array_equal(whole[1:], array)
+    with pytest.raises(EOFError, match="is shorter than what was written"):
+        sent.read([whole])
+    sent.drop()
+    assert not os.path.exists(sent.path)
+    unread = post.pack(array)
+    post.clear()
+    assert not os.path.exists(unread.path)
 
 
 @pytest.mark.parametrize("workers", [INLINE, Workers(threads=1, ahead=2, batches_ahead=2)], ids=["inline", "ahead"])

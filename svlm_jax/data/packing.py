@@ -14,6 +14,7 @@ import numpy as np
 from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import UnusableRow
 from svlm_jax.data.batch import IGNORED, PADDING, Batch
+from svlm_jax.data.parcel import Parcel
 from svlm_jax.data.patches import grid_order, window_tokens
 from svlm_jax.data.samples import Sample
 from svlm_jax.errors import UserError
@@ -40,11 +41,11 @@ class RowShape:
 
 
 class Loaded(NamedTuple):
-    """A sample with its pixels, ready to be packed. A pytree, so that worker processes hand arrays over in shared memory."""
+    """A sample with its pixels, ready to be packed."""
 
     name: str  # data set and row, as messages call it
     sample: Sample
-    patches: np.ndarray  # uint8 [grids, w, p, features], all turns' clips one after the other
+    patches: np.ndarray | Parcel  # uint8 [grids, w, p, features], all turns' clips one after the other
     frame_hw: tuple[int, int]  # pixels
     number: int = 0  # in the order of its lane (`data.pipeline`)
 
@@ -52,6 +53,20 @@ class Loaded(NamedTuple):
     def windows(self) -> int:
         """Of one grid."""
         return self.patches.shape[1]
+
+    def unpack(self, parts: Sequence[np.ndarray]) -> None:
+        """Puts each grid's patches into one of `parts`, once."""
+        if isinstance(self.patches, Parcel):
+            self.patches.read(parts)
+            self.patches.drop()
+            return
+        for part, grid in zip(parts, self.patches, strict=True):
+            part[...] = grid
+
+    def discard(self) -> None:
+        """Of a sample that will not be unpacked."""
+        if isinstance(self.patches, Parcel):
+            self.patches.drop()
 
 
 @dataclasses.dataclass
@@ -141,13 +156,16 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -
             tokens[index, part], labels[index, part] = sample.tokens, sample.labels
             positions[index, part], segments[index, part] = sample.positions, segment
             pads = sample.places.reshape(len(item.patches), -1) + begin
-            for grid, (target, rows_of) in enumerate(zip(bins, pads, strict=True)):
-                here = (index, target, slice(used[target], used[target] + item.windows))
+            firsts = []
+            for target in bins:
+                firsts.append(used[target])
                 used[target] += item.windows
                 count[target] += 1
-                patches[here], coordinates[here], valid[here] = item.patches[grid], order.coordinates, order.valid
-                grids[here] = count[target]
-                places[here] = np.where(order.tokens >= 0, rows_of[order.tokens], t)
+                grids[index, target, firsts[-1] : used[target]] = count[target]
+            targets, windows = np.asarray(bins)[:, None], np.asarray(firsts)[:, None] + np.arange(item.windows)
+            coordinates[index, targets, windows], valid[index, targets, windows] = order.coordinates, order.valid
+            places[index, targets, windows] = np.where(order.tokens >= 0, pads[:, order.tokens], t)
+            item.unpack([patches[index, target, first : first + item.windows] for target, first in zip(bins, firsts, strict=True)])
             begin += len(sample.tokens)
         for target, end in enumerate(used):
             patches[index, target, end:] = 0

@@ -7,6 +7,7 @@ the numbers of the samples in its open rows, which are read again on resuming.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from svlm_jax.data.annotations import AnnotationFile, UnusableRow
 from svlm_jax.data.batch import Batch
 from svlm_jax.data.loader import LoaderConfig, Rejected, SampleLoader, Source
 from svlm_jax.data.packing import Loaded, OpenRow, Packer, RowShape, check_fits, make_batch
+from svlm_jax.data.parcel import Parcel, Post
 from svlm_jax.errors import UserError
 from svlm_jax.tokenizer import Tokenizer
 
@@ -124,6 +126,12 @@ def fingerprint(config: DataConfig, sources: Mapping[str, Source]) -> str:
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def _packed(post: Post, sample: Loaded | Rejected) -> Loaded | Rejected:
+    if isinstance(sample, Rejected) or isinstance(sample.patches, Parcel):
+        return sample
+    return sample._replace(patches=post.pack(sample.patches))
+
+
 class _Lane(grain.DatasetIterator):
     """The rows of one lane."""
 
@@ -131,6 +139,7 @@ class _Lane(grain.DatasetIterator):
         super().__init__()
         self._samples, self._config, self._workers, self._patience = samples, config, workers, patience
         self._reader: grain.DatasetIterator | None = None
+        self._post: Post | None = None
         self.set_state({"next": 0, "open": [], "skipped": {}})
 
     def get_state(self) -> dict[str, Any]:
@@ -160,7 +169,9 @@ class _Lane(grain.DatasetIterator):
     def close_reader(self) -> None:
         if self._reader is not None:
             self._reader.close()
-        self._reader = None
+        if self._post is not None:
+            self._post.clear()
+        self._reader = self._post = None
 
     def close(self) -> None:
         self.close_reader()
@@ -175,6 +186,8 @@ class _Lane(grain.DatasetIterator):
             ahead = grain.ReadOptions(num_threads=w.threads, prefetch_buffer_size=w.ahead if w.threads else 0)
             rows = rest.to_iter_dataset(ahead)
             if w.processes:
+                self._post = Post()
+                rows = rows.map(functools.partial(_packed, self._post))
                 rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=w.processes, per_worker_buffer_size=w.ahead))
             self._reader = iter(rows)
         sample = next(self._reader)
@@ -183,6 +196,7 @@ class _Lane(grain.DatasetIterator):
                 check_fits(sample, self._config.shape)
                 sample = sample._replace(number=self._next)
             except UnusableRow as error:
+                sample.discard()
                 sample = Rejected(sample.name, sample.name.rpartition(":")[0], error.reason, str(error))
         self._next += 1
         return sample
