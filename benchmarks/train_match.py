@@ -1,5 +1,7 @@
 """Trains the model of the simulated match from nothing, within a given time: data, three stages, the checkpoint, and a record of it all.
 
+Drills are made first; matches are made while the first stage learns to see from them.
+
     python benchmarks/train_match.py FOLDER --seconds 1500 --processes 16 --json benchmarks/train_match.json
 
 What is in FOLDER already is gone on with: data are not made again, a stage that was stopped goes on from its last checkpoint, and
@@ -21,10 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from svlm_jax.configs import sft_match
+
 ROOT = Path(__file__).resolve().parent.parent
+MAKER = "svlm_jax.demo.training_data"
 STAGES = {"sft_match_sight": 0.3, "sft_match": 0.4, "sft_match_dense": 0.3}  # presets, and their shares of the time for training
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
+DRILLS = 100_000  # the first of their seeds
 UNKNOWN = 0.2  # seconds a step, where none has been timed
 START, END = 45.0, 25.0  # seconds that the last stage takes to begin and to be converted
 
@@ -60,8 +66,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row and "step_ms" in row]
 
 
-def stage(name: str, preset: str, args: argparse.Namespace, settings: list[str], clock: Clock, seconds: float | None) -> list[dict[str, Any]]:
-    """Runs train.py; its steps. Ends the program where it fails."""
+def stage(
+    name: str, preset: str, args: argparse.Namespace, settings: list[str], clock: Clock, seconds: float | None, others: subprocess.Popen | None
+) -> list[dict[str, Any]]:
+    """Runs train.py, for so many seconds and until `others` have ended; its steps. Ends the program where it fails."""
     run, log = args.folder / name, args.folder / f"{name}.log"
     sets = importlib.import_module(f"svlm_jax.configs.{preset}").config().data.datasets
     data = [f"data.datasets.{each}.{key}={value}" for each in sets for key, value in _places(args.folder, each)]
@@ -69,7 +77,8 @@ def stage(name: str, preset: str, args: argparse.Namespace, settings: list[str],
     begin = time.perf_counter()
     while (code := work.poll()) is None:
         time.sleep(1)
-        if not asked and seconds is not None and time.perf_counter() - begin > seconds:
+        late = seconds is not None and time.perf_counter() - begin > seconds
+        if late and not asked and (others is None or others.poll() is not None):
             work.send_signal(signal.SIGTERM)  # it saves, and ends
             asked = True
         saved = max((int(each.name) for each in (run / "checkpoints").glob("*") if each.name.isdecimal()), default=0)
@@ -118,9 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything (default: 1500)")
-    parser.add_argument("--matches", type=int, default=24, help="long ones (default: 24)")
+    parser.add_argument("--matches", type=int, default=32, help="long ones (default: 32)")
     parser.add_argument("--minutes", type=float, default=120.0, help="of each of these (default: 120)")
     parser.add_argument("--openings", type=int, default=640, help="matches of 48 seconds (default: 640)")
+    parser.add_argument("--drills", type=int, default=64, help="of half an hour (default: 64)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 2, help="that make the data")
     parser.add_argument("--weights", type=Path, help="weights to begin with")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="with --weights: those that are left")
@@ -130,13 +140,17 @@ def main() -> None:
     args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
     clock, spent = Clock(), {}
-    data = args.folder / "data"
-    if not (data / "chunks.jsonl").exists():
-        counts = ["--matches", str(args.matches), "--minutes", str(args.minutes), "--openings", str(args.openings), "--processes", str(args.processes)]
-        if start("-m", "svlm_jax.demo.training_data", str(data), *counts).wait():
-            sys.exit("the data could not be made")
-    spent["data"] = clock()
-    clock.say(f"{len(list(data.glob('*.mp4')))} videos")
+    data, processes = args.folder / "data", str(args.processes)
+    if not (data / "glances.jsonl").exists():
+        counts = ("--matches", "0", "--openings", "0", "--drills", str(args.drills), "--first-seed", str(DRILLS))
+        if start("-m", MAKER, str(data), *counts, "--processes", processes).wait():
+            sys.exit("the drills could not be made")
+    spent["drills"] = clock()
+    clock.say(f"{len(list(data.glob('*.mp4')))} videos of drills")
+    matches = None
+    if not (data / "chunks.jsonl").exists():  # while the first stage trains, which looks at drills alone
+        counts = ("--matches", str(args.matches), "--minutes", str(args.minutes), "--openings", str(args.openings), "--drills", "0")
+        matches = start("-m", MAKER, str(data), *counts, "--processes", str(max(1, args.processes * 3 // 8)))
     begin = args.weights or args.folder / "start"
     if not args.weights and not begin.exists():
         start("-m", "svlm_jax.demo.make_match_model", str(begin), JAX_PLATFORMS="cpu").wait()
@@ -145,18 +159,19 @@ def main() -> None:
     left, whole, weights = args.seconds - clock(), sum(STAGES[name] for name in args.stages), begin
     for number, preset in enumerate(args.stages):
         before = clock()
+        if number and matches is not None and matches.wait():
+            sys.exit("the matches could not be made")
         if preset == args.stages[-1]:
             length = [f"steps={max(20, int((args.seconds - before - START - END) / seconds_a_step(runs)))}"]
             seconds = None
         else:
             length, seconds = list(STEADY), left * STAGES[preset] / whole
-        weights, settings = args.folder / f"run{number}", [f"weights={weights}", *length]
-        runs[preset] = stage(weights.name, preset, args, settings, clock, seconds)
+        each = max(1, (os.cpu_count() or 1) // sft_match.config().data.lanes)
+        weights, settings = args.folder / f"run{number}", [f"weights={weights}", f"workers.processes={each}", *length]
+        runs[preset] = stage(weights.name, preset, args, settings, clock, seconds, None if number else matches)
         spent[preset] = clock() - before
     if args.json:
         import jax
-
-        from svlm_jax.configs import sft_match
 
         record = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -1,6 +1,6 @@
 """The model of the simulated match: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
 
-    python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 320 --processes 16
+    python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 640 --drills 64 --processes 16
     python -m svlm_jax.demo.make_match_model start
     python train.py sft_match_sight out=run0 weights=start
     python train.py sft_match out=run weights=run0
@@ -44,7 +44,7 @@ def config() -> RunConfig:
             frozen=(),
             loss_chunk=4096,
             spike_deviations=0.0,
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, final=0.1, b2=0.98, weight_decay=0.05),
+            optimizer=OptimizerConfig(kind="muon", learning_rate=4e-3, warmup=0.05, final=0.1, b2=0.98, weight_decay=0.05),
         ),
         remat="nothing",
         vision_remat="nothing",

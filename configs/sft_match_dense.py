@@ -17,7 +17,7 @@ SHARES = {"dense": 0.4, "chunks": 0.2, "asked": 0.15, "placed": 0.1, "openings":
 def config() -> RunConfig:
     first = sft_match.config()
     sets = {name: DatasetConfig(f"{sft_match.FOLDER}/{name}.jsonl", sft_match.FOLDER, weight=share) for name, share in SHARES.items()}
-    optimizer = dataclasses.replace(first.step.optimizer, learning_rate=1.5e-3, warmup=0.03, final=0.0)
+    optimizer = dataclasses.replace(first.step.optimizer, warmup=0.03, final=0.0)
     return dataclasses.replace(
         first,
         out="run2",

@@ -1,8 +1,9 @@
-"""The stage before configs/sft_match.py: the model learns to see. Chunks of 4 s, and every second the question who is where.
+"""The stage before configs/sft_match.py: the model learns to see. Drills in chunks of 4 s, and every second the question who is where.
 
     python train.py sft_match_sight out=run0 weights=start
 
-Two in three labelled tokens can only be read off the picture, and off one of four instead of 24: what a short chunk shows is found sooner.
+Every second shows another moment, other kits and numbers: what is asked can only be read off the picture, and off one of four instead of
+24, as what a short chunk shows is found sooner.
 """
 
 import dataclasses

@@ -16,8 +16,9 @@ from svlm_jax.cli import run
 from svlm_jax.data.annotations import AnnotationFile
 from svlm_jax.data.chunks import ChunkConfig
 from svlm_jax.data.video import read_rounds
-from svlm_jax.demo import commentary, match, picture
+from svlm_jax.demo import commentary, match, picture, training_data
 from svlm_jax.demo.commentary import NUMBERS, Claim, claims, commentate, random_questions, round_of
+from svlm_jax.demo.drill import drill
 from svlm_jax.demo.film import FilmConfig, chunks, spoken, write_video
 from svlm_jax.demo.make_match_model import SETTINGS
 from svlm_jax.demo.make_match_model import write as write_model
@@ -157,8 +158,9 @@ def test_answers():
         commentary.answer(played, "who will win?", 10)
 
 
-def test_the_answer_to_who_is_where_says_what_the_picture_shows():
-    played = simulate(4, 60.0)
+@pytest.mark.parametrize("of", [lambda played: played, drill], ids=["match", "drill"])
+def test_the_answer_to_who_is_where_says_what_the_picture_shows(of):
+    played = of(simulate(4, 60.0))
     scene, game, words = played.scene(30.5), played.game(30.5), commentary.answer(played, "who is where?", 30).rstrip(".").split()
     assert words[0] == "ball" and len(words) == 3 + 4 * 2 * match.SIDE
     found = [words[i : i + 4] for i in range(3, len(words), 4)]
@@ -170,6 +172,39 @@ def test_the_answer_to_who_is_where_says_what_the_picture_shows():
         player = team * match.SIDE + game.shirts[team].index(NUMBERS.index(number))
         at = np.array([picture.WIDTH, picture.HEIGHT]) / 2 + (scene.players[player] - scene.camera) * paint.unit
         assert (column, row) == tuple((at // 28).astype(int) + 1)
+
+
+def test_a_drill_tells_nothing_but_what_is_seen():
+    """Every second is another moment of the match, of other teams; its two pictures and the ball's tail are of that moment."""
+    played = simulate(4, 120.0)
+    made = drill(played)
+    assert made.seconds == 119 and len(made.scenes) == 1190 and made.events == ()
+    before = {id(scene): tick for tick, scene in enumerate(played.scenes)}
+    ticks = np.array([before[id(scene)] for scene in made.scenes[:-3]])
+    assert sorted(ticks[::10]) == list(range(10, 1200, 10))
+    for index in range(1, 118):  # from two ticks before a second to its second picture
+        at = 10 * index
+        assert (ticks[at - 2 : at + 6] == ticks[at] + np.arange(-2, 6)).all()
+    games = [made.game(index + half) for index in range(119) for half in (0.0, 0.5)]
+    assert games[::2] == games[1::2] and len({game.shirts for game in games}) > 110
+    counts = np.bincount([number for game in games for team in game.shirts for number in team], minlength=10)[1:]
+    assert (len(games) * 10 / 9 * 0.8 < counts).all()
+    assert all(len(set(team)) == match.SIDE for game in games for team in game.shirts)
+
+
+def test_training_data_have_their_sets_and_drills_no_commentary(tmp_path):
+    tasks = [training_data.Task(1000 + i, 48.0, tmp_path, kind, 12.0) for i, kind in enumerate(("match", "opening", "drill"))]
+    rows = training_data.write(tasks, tmp_path, 1)
+    assert set(rows) == {"chunks", "asked", "openings", "placed", "glances", "dense"} and rows["glances"] == 12 and rows["chunks"] == 3
+    for name, count in rows.items():
+        file = AnnotationFile(tmp_path / f"{name}.jsonl")
+        annotations = [file.annotation(row) for row in range(count)]
+        assert len(annotations) == count and all((tmp_path / each.video).exists() for each in annotations)
+        assert any(each.words for each in annotations) == (name not in ("placed", "glances"))
+    file = AnnotationFile(tmp_path / "glances.jsonl")
+    made = drill(simulate(1002, 48.0))
+    for question in file.annotation(5).questions:
+        assert question.answer.strip() == commentary.answer(made, question.question, int(question.asked))
 
 
 def test_pictures_show_ball_numbers_and_kits():

@@ -120,6 +120,14 @@ def simulate(seed: int, seconds: float) -> Match:
     return _Match(seed).run(seconds)
 
 
+def draw_kits(rng: np.random.Generator) -> tuple[str, str]:
+    """Two colours that can be told apart."""
+    while True:
+        left, right = rng.choice(KITS, 2, replace=False).tolist()
+        if {left, right} not in ALIKE:
+            return left, right
+
+
 Step = Iterator[None]  # a script: each step is a tick
 
 
@@ -267,11 +275,8 @@ class _Match:
         rng = self.rng
         if self.games:
             yield from self._due()
-        while True:
-            kits = tuple(rng.choice(KITS, 2, replace=False).tolist())
-            if set(kits) not in ALIKE:
-                break
-        shirts = tuple((1, *sorted(rng.choice(np.arange(2, 10), SIDE - 1, replace=False).tolist())) for _ in range(2))
+        kits = draw_kits(rng)
+        shirts = tuple((1, *rng.choice(np.arange(2, 10), SIDE - 1, replace=False).tolist()) for _ in range(2))  # only keepers' can be guessed
         self.games.append(Game(self.now, kits, str(rng.choice(PITCHES)), shirts))  # type: ignore[arg-type]
         self.board, self.shown, self.holder, self.flight = True, False, -1, None
         self.orders, self.duel, self.fallen, self.carded = {}, set(), -1, -1

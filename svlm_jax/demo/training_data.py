@@ -1,11 +1,11 @@
 """Writes matches to train on: videos, and annotation files of overlapping chunks in the published format.
 
-    python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --first-seed 1000 --processes 16
+    python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --drills 32 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question nearly every second, `placed.jsonl` the whole matches with questions after all players' places, which a model
-learns to see by, `glances.jsonl` the same in chunks of 4 seconds, `openings.jsonl` the first 48 seconds of further matches. Seeds below
-1000 are for evaluation and are refused here.
+whole matches with a question nearly every second, `openings.jsonl` the first 48 seconds of further matches. Of drills (`demo.drill`), which
+a model learns to see by, `placed.jsonl` asks after all players' places, `glances.jsonl` the same in chunks of 4 seconds. Seeds below 1000
+are for evaluation and are refused here.
 """
 
 import argparse
@@ -19,11 +19,14 @@ from pathlib import Path
 from svlm_jax.data.annotations import Annotation
 from svlm_jax.data.chunks import ChunkConfig
 from svlm_jax.demo.commentary import ASKED, commentate, random_questions
+from svlm_jax.demo.drill import asked, drill
 from svlm_jax.demo.film import FilmConfig, chunks, write_annotations, write_video
 from svlm_jax.demo.match import simulate
 
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
+DRILL_SECONDS = 1_800.0
+SETS = {"match": ("chunks", "asked"), "opening": ("openings",), "drill": ("placed", "glances")}  # of what is made of a match
 ALL = 96, 480  # first and last words of the previous text that rows can need
 MEMORY = {"placed": (0, 48), "glances": (0, 0)}  # there it would be full of places, and rows too long
 EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 1.2, "glances": 1.0, "openings": 6.0}  # seconds between two questions, on average
@@ -41,21 +44,26 @@ class Task:
     seed: int
     seconds: float
     folder: Path
-    opening: bool
+    kind: str  # of SETS
     overlap: float
 
 
 def make(task: Task) -> dict[str, list[Annotation]]:
     """Films a match; its rows by data set."""
     match = simulate(task.seed, task.seconds)
+    match = drill(match) if task.kind == "drill" else match
     name = f"{task.seed}.mp4"
     preset, tune = STYLES[task.seed % len(STYLES)]
     write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=preset, tune=tune))
     found = {}
-    for number, data_set in enumerate(("openings",) if task.opening else ("chunks", "asked", "placed", "glances")):
-        lines = commentate(match, random_questions(match, EVERY[data_set], seed=number, kinds=KINDS.get(data_set, ASKED)))
+    for number, data_set in enumerate(SETS[task.kind]):
+        every, kinds = EVERY[data_set], KINDS.get(data_set, ASKED)
+        if task.kind == "drill":
+            lines = asked(match, every, number, kinds)
+        else:
+            lines = commentate(match, random_questions(match, every, seed=number, kinds=kinds))
         config = CHUNKS.get(data_set, ChunkConfig(window=24, overlap=task.overlap))
-        found[data_set] = list(chunks(name, task.seconds, lines, config, memory=MEMORY.get(data_set, ALL)))
+        found[data_set] = list(chunks(name, match.seconds, lines, config, memory=MEMORY.get(data_set, ALL)))
     return found
 
 
@@ -82,6 +90,7 @@ def main() -> None:
     parser.add_argument("--matches", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=120.0, help="of each match")
     parser.add_argument("--openings", type=int, default=320)
+    parser.add_argument("--drills", type=int, default=32, help=f"of {DRILL_SECONDS / 60:g} minutes")
     parser.add_argument("--overlap", type=float, default=12.0, help="seconds that a chunk of 24 shares with the next")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--processes", type=int, default=2)
@@ -90,9 +99,9 @@ def main() -> None:
         parser.error(f"seeds below {FIRST_SEED} are for evaluation")
     args.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    long = [Task(args.first_seed + i, 60 * args.minutes, args.folder, False, args.overlap) for i in range(args.matches)]
-    short = [Task(args.first_seed + args.matches + i, OPENING_SECONDS, args.folder, True, args.overlap) for i in range(args.openings)]
-    counts = write([*long, *short], args.folder, args.processes)
+    wanted = [("match", 60 * args.minutes)] * args.matches + [("drill", DRILL_SECONDS)] * args.drills + [("opening", OPENING_SECONDS)] * args.openings
+    tasks = [Task(args.first_seed + i, seconds, args.folder, kind, args.overlap) for i, (kind, seconds) in enumerate(wanted)]
+    counts = write(tasks, args.folder, args.processes)
     size = sum(file.stat().st_size for file in args.folder.glob("*.mp4")) / 1e6
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{told}; {size:.0f} MB of video in {time.perf_counter() - start:.0f} s", file=sys.stderr)
