@@ -1,11 +1,15 @@
 """`svlm data`: what it prints and writes, and one clear line for whatever is wrong."""
 
+import base64
+import io
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import small
+from PIL import Image
 
 from svlm_jax import cli
 from svlm_jax.config import VisionConfig
@@ -65,6 +69,23 @@ def test_stats(file, capsys):
     least, most = (int(re.search(r"tokens a row +(\d+) /", text).group(1)) for text in (counted, more))
     assert most - least == 4  # a column of tokens more in each turn
     assert run(capsys, "stats", file, "--max-seconds", 80)[1].count("video missing") == 0
+
+
+def test_sizes_are_those_of_the_model(file, tmp_path, capsys):
+    """One with patches of 16 pixels sees 64x32 pixels as two tokens, 84x28 not at all; pages show frames of its sizes."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_path(), model)
+    described = json.loads((model / "config.json").read_text())
+    described["vision_config"] |= {"patch_size": 16, "window_size": 128}
+    (model / "config.json").write_text(json.dumps(described))
+    least, most = (run(capsys, "stats", file, "--model", model, "--frame", frame)[1] for frame in ("64x32", "96x32"))
+    least, most = (int(re.search(r"tokens a row +(\d+) /", text).group(1)) for text in (least, most))
+    assert most - least == 4
+    page = tmp_path / "page.html"
+    assert run(capsys, "show", file, "--out", page, "--model", model, "--max-pixels", 9408)[0] == 0
+    pictures = re.findall(r'<img [^>]*base64,([^"]+)"', page.read_text(encoding="utf-8"))
+    sizes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures}
+    assert sizes and all(side % 32 == 0 for size in sizes for side in size)
 
 
 def test_plots(file, tmp_path, capsys, monkeypatch):

@@ -180,7 +180,7 @@ def test_a_plan_of_a_stream(monkeypatch, capsys, tmp_path):
     code = cli.run(["plan", "tiny", "--serve", "--topology", "v6e-1", "--json", str(file)])
     told, found = capsys.readouterr().out, json.loads(file.read_text())
     assert code == 0 and found["fits"] and "1 stream of 56x56" in told
-    assert [program["name"] for program in found["programs"]] == ["ingest", "decode"]
+    assert [program["name"] for program in found["programs"]] == ["open_stream", "ingest", "decode", "evict"]
     assert all(program["memory"]["arguments"] > 0 for program in found["programs"])
     assert found["floor_ms"]["round"] > found["floor_ms"]["decode_step"] > 0
 

@@ -11,6 +11,7 @@ from svlm_jax.files import whole_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from svlm_jax.config import VisionConfig
     from svlm_jax.data.annotations import Annotation
     from svlm_jax.data.samples import Sample, SampleConfig
 
@@ -43,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     stats = subject("stats", "count rows, words and silence, and rows that cannot be used")
     stats.add_argument("--videos", metavar="DIR", help="also look whether each video is in this folder")
     sample(stats)
-    stats.add_argument("--model", metavar="DIR", help="also count tokens a row, with this directory's tokenizer")
+    stats.add_argument("--model", metavar="DIR", help="also count tokens a row, with this directory's tokenizer and sizes")
     stats.add_argument("--frame", metavar="WxH", type=_size, default=(560, 1008), help="pixels of the frames then (default: 1008x560)")
     stats.add_argument("--max-seconds", metavar="S", type=float, default=64.0, help="longer clips count as unusable (default: 64)")
     stats.add_argument("--plots", metavar="DIR", help="also draw histograms into this folder (needs matplotlib)")
@@ -52,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     show.add_argument("--row", metavar="N", type=int, default=0, help="counted from 0 (default: 0)")
     show.add_argument("--out", metavar="FILE", required=True, help="the page")
     show.add_argument("--videos", metavar="DIR", default="", help="folder that the paths of videos are relative to")
-    show.add_argument("--model", metavar="DIR", help="directory whose tokenizer is used (default: the bundled one)")
+    show.add_argument("--model", metavar="DIR", help="directory whose tokenizer and sizes are used (default: the bundled one)")
     show.add_argument("--max-pixels", metavar="N", type=int, default=602_112, help="of a frame (default: 602112)")
     sample(show)
 
@@ -117,18 +118,27 @@ def _sample_config(args: argparse.Namespace) -> "SampleConfig":
 
 def _writer(config: "SampleConfig", model: str, frame_hw: tuple[int, int]) -> "Callable[[Annotation], Sample]":
     """Lays rows out without opening their videos."""
-    from svlm_jax.configs.models import qwen2_5_vl_7b
     from svlm_jax.data.samples import lay_out
     from svlm_jax.streaming.prompt import PromptLayout
     from svlm_jax.tokenizer import Tokenizer
 
-    tokenizer, vision = Tokenizer.load(model), qwen2_5_vl_7b().vision
+    tokenizer, vision = Tokenizer.load(model), _vision(model)
     layout = PromptLayout.from_tokenizer(tokenizer)
     return lambda clip: lay_out(clip, config, frame_hw, tokenizer, layout, vision)
 
 
-def _show(args: argparse.Namespace) -> int:
+def _vision(model: str) -> "VisionConfig":
+    """The vision tower of a directory's config.json; of one that has a tokenizer alone Qwen2.5-VL's."""
+    from svlm_jax.checkpoints.hub_config import read_config
+    from svlm_jax.checkpoints.run_form import described_in
     from svlm_jax.configs.models import qwen2_5_vl_7b
+    from svlm_jax.storage import at
+
+    folder = at(model)
+    return read_config(folder).vision if (described_in(folder) / "config.json").is_file() else qwen2_5_vl_7b().vision
+
+
+def _show(args: argparse.Namespace) -> int:
     from svlm_jax.data.annotations import AnnotationFile
     from svlm_jax.data.loader import FrameCache, LoaderConfig, Source, read_clip
     from svlm_jax.data.samples import lay_out, make_script
@@ -141,10 +151,10 @@ def _show(args: argparse.Namespace) -> int:
     if not 0 <= args.row < len(source.rows):
         raise UserError(f"{args.file} has rows 0 to {len(source.rows) - 1}, and no row {args.row}")
     config, tokenizer = LoaderConfig(_sample_config(args), max_pixels=args.max_pixels), Tokenizer.load(args.model or tiny_path())
-    clip = source.annotation(args.row)
-    frames = read_clip(source.path(clip.video), clip, config, FrameCache(0))
+    clip, vision = source.annotation(args.row), _vision(args.model or str(tiny_path()))
+    frames = read_clip(source.path(clip.video), clip, config, FrameCache(0), factor=vision.merged_patch_size)
     height, width = frames[0].shape[1:3]
-    sample = lay_out(clip, config.sample, (height, width), tokenizer, PromptLayout.from_tokenizer(tokenizer), qwen2_5_vl_7b().vision)
+    sample = lay_out(clip, config.sample, (height, width), tokenizer, PromptLayout.from_tokenizer(tokenizer), vision)
     name = f"{Path(args.file).name}, row {args.row}, {args.layout}"
     write_page(Path(args.out), page(name, clip, make_script(clip, config.sample), sample, frames, tokenizer))
     print(f"{args.out}: {len(sample.tokens):,} tokens, {int((sample.labels >= 0).sum()):,} of them labels")

@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--topology", metavar="NAME", help=where)
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="data, fsdp, sequence, tensor; one may be -1 (default: that of the preset)")
     parser.add_argument("--json", metavar="FILE", help="also write what was found as an object")
-    parser.add_argument("--serve", action="store_true", help="the programs of a stream (ingest, decode) instead of a training step")
+    parser.add_argument("--serve", action="store_true", help="the programs of a stream (open_stream, ingest, decode, evict) instead of a training step")
     parser.add_argument("--streams", metavar="N", type=int, default=1, help="with --serve: streams at once (default: 1)")
     parser.add_argument("--kv", choices=("int8",), help="with --serve: keys and values in 8 bits")
     parse = parser.parse_known_args

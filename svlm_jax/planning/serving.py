@@ -31,6 +31,7 @@ from svlm_jax.tokenizer import Tokenizer
 from svlm_jax.training.config import MeshConfig
 
 PROGRAMS: dict[str, Callable] = {"evict": evict, "open_stream": open_stream, "decode": decode, "ingest": ingest}
+ORDER = ("open_stream", "ingest", "decode", "evict")  # as a stream runs them; `ingest` has an `evict` within
 
 
 def stream_spec(model: ModelConfig, config: StreamConfig, *, height: int = 560, width: int = 1008) -> StreamSpec:
@@ -108,7 +109,7 @@ class Served:
 
 
 def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, streams: int, config: StreamConfig | None = None) -> Served:
-    """Compiles what a round runs: `ingest` and `decode`, in bfloat16, of 720p video; at the defaults if there is no `config`."""
+    """Compiles all of a stream's programs in bfloat16, of 720p video; at the defaults if there is no `config`."""
     devices = compiling.devices(topology)
     mesh = make_mesh(**axes.sizes(len(devices)), devices=devices)
     spec = stream_spec(on_mesh(model, mesh), config or StreamConfig())
@@ -116,9 +117,7 @@ def plan_serving(model: ModelConfig, topology: Topology, axes: MeshConfig, *, st
     rates = Ceilings(topology.chip.memory_rate * chips / 1e12, topology.chip.operations * chips / 1e12)
     cached = spec.cache.slots
     least = floors(spec, rates, streams=streams, cached_tokens=cached, dtype=jnp.bfloat16)
-    return Served(
-        topology, mesh, spec, streams, cached, tuple(_plan(spec, name, mesh, topology, streams) for name in ("ingest", "decode")), least
-    )
+    return Served(topology, mesh, spec, streams, cached, tuple(_plan(spec, name, mesh, topology, streams) for name in ORDER), least)
 
 
 def _plan(spec: StreamSpec, name: str, mesh: Mesh, topology: Topology, streams: int) -> Program:
