@@ -57,17 +57,18 @@ COLUMNS = {
 }
 
 
-def film(task: tuple[int, Path]) -> None:
-    seed, path = task
+def film(task: tuple[int, float, Path]) -> None:
+    """A match of so many minutes, if it is not there yet."""
+    seed, minutes, path = task
     if not path.exists():
-        write_video(simulate(seed, 60 * LONG), path, FILM)
+        write_video(simulate(seed, 60 * minutes), path, FILM)
 
 
 def run(args: argparse.Namespace) -> None:
     """All cases that are not there yet, `at_once` at a time."""
     films = args.folder / "films"
     films.mkdir(parents=True, exist_ok=True)
-    tasks = [(seed, films / f"{seed}.mp4") for seed in range(args.seed, args.seed + args.matches)]
+    tasks = [(seed, LONG * args.scale, films / f"{seed}.mp4") for seed in range(args.seed, args.seed + args.matches)]
     with multiprocessing.get_context("spawn").Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
         pool.map(film, tasks)
     names = args.only or list(CASES)

@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.configs import sft_match
+from svlm_jax.demo.training_data import SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = "svlm_jax.demo.training_data"
 STAGES = {"sft_match_sight": 0.3, "sft_match": 0.4, "sft_match_dense": 0.3}  # presets, and their shares of the time for training
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
+OF_MATCHES = {name for kind in ("match", "opening") for name in SETS[kind]} | {"dense"}
+CHUNK = 24  # seconds; each shares half with the next
 DRILLS = 100_000  # the first of their seeds
 UNKNOWN = 0.2  # seconds a step, where none has been timed
 START, END = 45.0, 25.0  # seconds that the last stage takes to begin and to be converted
@@ -72,7 +75,7 @@ def stage(
     """Runs train.py, for so many seconds and until `others` have ended; its steps. Ends the program where it fails."""
     run, log = args.folder / name, args.folder / f"{name}.log"
     sets = importlib.import_module(f"svlm_jax.configs.{preset}").config().data.datasets
-    data = [f"data.datasets.{each}.{key}={value}" for each in sets for key, value in _places(args.folder, each)]
+    data = [f"data.datasets.{each}.{key}={value}" for each in sets for key, value in _places(args, each)]
     work, kept, asked = start(str(ROOT / "train.py"), preset, f"out={run}", *data, *settings, *args.set, log=log), 0, False
     begin = time.perf_counter()
     while (code := work.poll()) is None:
@@ -94,8 +97,17 @@ def stage(
     return steps
 
 
-def _places(folder: Path, name: str) -> list[tuple[str, str]]:
-    return [("path", str(folder / "data" / f"{name}.jsonl")), ("videos", str(folder / "data"))]
+def _places(args: argparse.Namespace, name: str) -> list[tuple[str, str]]:
+    file = args.folder / "data" / f"{name}.jsonl"
+    return [("path", str(apart(file) if args.apart and name in OF_MATCHES else file)), ("videos", str(args.folder / "data"))]
+
+
+def apart(file: Path) -> Path:
+    """The chunks of a file that share nothing: those that begin where another one of 24 s ends."""
+    target = file.with_name(f"{file.stem}_apart.jsonl")
+    with file.open() as rows, target.open("w") as out:
+        out.writelines(row for row in rows if json.loads(row)[0]["content"][0]["video_start"] % CHUNK == 0)
+    return target
 
 
 def export(run: Path, target: Path) -> bool:
@@ -134,6 +146,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 2, help="that make the data")
     parser.add_argument("--weights", type=Path, help="weights to begin with")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="with --weights: those that are left")
+    parser.add_argument("--apart", action="store_true", help="chunks of matches that share nothing: every other one")
     parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="settings of all stages")
     parser.add_argument("--json", type=Path, help="where the record goes")
     args = parser.parse_args()
