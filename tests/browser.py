@@ -15,6 +15,7 @@ from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio", "--remote-debugging-port=0"]
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a picture that moves, and nobody to ask
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"]
 
 
@@ -32,7 +33,7 @@ class Browser:
         self.downloads = folder / "downloads"
         self.downloads.mkdir()
         self.problems: list[str] = []
-        flags = [*FLAGS, *QUIET, f"--window-size={size[0]},{size[1]}", f"--user-data-dir={folder / 'profile'}", "about:blank"]
+        flags = [*FLAGS, *CAMERA, *QUIET, f"--window-size={size[0]},{size[1]}", f"--user-data-dir={folder / 'profile'}", "about:blank"]
         self._process = subprocess.Popen([path, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert self._process.stderr is not None
         address = next(found[1] for line in self._process.stderr if (found := re.search(r"DevTools listening on ws://([^/]+)/", line)))

@@ -94,3 +94,23 @@ def test_several_streams_and_a_phone(server, browser):
     browser.until(f"{LINES}.at(-1)?.[1].startsWith('The stream has ended')")
     assert server.status(other)["state"] == "ended"
     assert not browser.problems
+
+
+def test_a_camera_is_commented_until_it_is_let_go(server, browser):
+    server.calm()
+    browser.open(server.url)
+    browser.until("document.querySelector('#server-state')?.textContent === 'ready'")
+    browser.click("#add-button")
+    browser.click("label:has([value=camera])")
+    browser.click("#add-start")
+    browser.until("!document.querySelector('#add').open")
+    id = browser.until("document.querySelector('#downloads a')?.getAttribute('href').split('/')[3]")
+    browser.until(f"{LINES}.filter(([kind]) => kind === 'segment' || kind === 'silence').length >= 3")
+    status = server.status(id)
+    assert status["state"] == "running" and status["clock"] == "live" and status["rounds"] >= 3
+    assert browser.run("document.querySelector('#screen video').srcObject.getVideoTracks()[0].readyState") == "live"
+    browser.click("#stop")
+    browser.until(f"{LINES}.at(-1)?.[1].startsWith('The stream has ended')")
+    tracks = "document.querySelector('#screen video')?.srcObject?.getTracks()"
+    browser.until(f"{tracks}?.every((track) => track.readyState === 'ended') ?? true")  # its light goes out
+    assert server.status(id)["state"] == "ended" and not browser.problems
