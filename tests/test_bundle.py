@@ -19,10 +19,13 @@ from svlm_jax.data.annotations import AnnotationFile
 from svlm_jax.data.video import probe, read_rounds
 from svlm_jax.demo import bundle
 from svlm_jax.demo.bundle import clip_path, model_path
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.demo.commentary import Claim, claims, commentate
 from svlm_jax.demo.film import annotate
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.demo.match import simulate
 from svlm_jax.demo.picture import Painter
+from svlm_jax.errors import UserError
 from svlm_jax.serving import server
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +100,14 @@ def test_whoever_asks_gets_the_settings_that_the_model_was_trained_for(monkeypat
     info = probe(str(clip_path()))
     assert service.spec.stream == StreamConfig(**own) and service.name == model_path().name and not service.random
     assert (service.shape.height, service.shape.width) == (info.height, info.width)  # nothing is lost by resizing
+
+
+def test_of_other_videos_it_says_that_it_knows_nothing(monkeypatch, capsys):
+    def stop(self, progress=None):
+        raise UserError("that will do")
+
+    monkeypatch.setattr(Commentary, "load", stop)
+    for source, noted in (([str(sample_path())], True), ([], False), ([str(sample_path()), "--model", str(tiny_path())], False)):
+        assert cli.run(["caption", *source]) == 1
+        err = capsys.readouterr().err
+        assert "that will do" in err and ("The bundled model knows nothing but matches" in err) == noted
