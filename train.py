@@ -1,6 +1,6 @@
 """Fine-tunes the model on chunks of long annotated videos.
 
-    python train.py sft_tiny out=run                         a tiny model on the bundled clip, on a CPU, in less than a minute
+    python train.py sft_tiny out=run                         a tiny model on a bundled clip, on a CPU, in less than a minute
     python train.py PRESET data.datasets.main.path=FILE      a preset of configs/, or the path of a file like them
     python train.py PRESET steps=100 step.optimizer.learning_rate=2e-5 mesh.tensor=4
 

@@ -2,7 +2,7 @@
 
     python benchmarks/eval_kills.py [--kills 8] [--seed 0] [--json FILE]
 
-Inf-Streams-Eval and LiveSports-3K-CC in miniature (tests/data/evaluation) over films of simulated matches: the bundled model against a
+Inf-Streams-Eval and LiveSports-3K-CC in miniature (tests/data/evaluation) over films of simulated matches: the tiny model against a
 server that takes pictures, judged over HTTP, all on this machine. While runs are killed, the server also answers every fourth request with
 500, 429, half a JSON object or prose. Fails unless reports and results are the same bytes, and no question has two verdicts.
 """

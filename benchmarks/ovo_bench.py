@@ -5,8 +5,8 @@
 For an environment with lmms-eval 0.7.3 (docs/evaluation.md). With --openai, its model `openai` is asked as well, at a running `serve.py`, about
 the two parts that have one round; it is told the videos' paths, so the server needs --allow-files for the folder of temporary files, TMPDIR.
 Nothing is downloaded: tasks find data set and videos where they look first, in
-`kcz358/OVOBench` under the working directory and in `$HF_HOME/ovobench/chunked_videos`. The videos are beginnings of the bundled clip, the right
-answers are arbitrary, and the bundled model has learnt nothing: what is shown is that every round is asked and scored.
+`kcz358/OVOBench` under the working directory and in `$HF_HOME/ovobench/chunked_videos`. The videos are beginnings of the sample clip, the right
+answers are arbitrary, and the tiny model has learnt nothing: what is shown is that every round is asked and scored.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import av
 
 from svlm_jax.bench.report import commit, write_json
 from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 
 TASKS = ("ovo_backward", "ovo_realtime", "ovo_forward")
 CHOICES = ["the red team", "the blue team", "nobody", "the goalkeeper"]
@@ -68,7 +69,7 @@ INFO = ("realtime", "count", "step", "type")  # columns of test_info, which all 
 
 
 def beginning(target: Path, seconds: float) -> None:
-    """The first seconds of the bundled clip, packets copied."""
+    """The first seconds of the sample clip, packets copied."""
     with av.open(str(sample_path())) as source, av.open(str(target), "w") as out:
         stream = source.streams.video[0]
         copy = out.add_stream_from_template(stream)
@@ -140,15 +141,14 @@ def served(url: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint (default: the bundled one)")
+    parser.add_argument("--model", default=str(tiny_path()), help="a checkpoint (default: the tiny one)")
     parser.add_argument("--way", nargs="*", choices=("offline", "streaming"), default=["offline", "streaming"])
     parser.add_argument("--openai", metavar="URL", help="ask a server too, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--json", help="where the record goes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         write_miniature(Path(scratch))
-        path = f",path={args.model}" if args.model else ""
-        ways = {way: ("svlm", f"way={way},max_frames=8,max_pixels=9408{path}", TASKS) for way in args.way}
+        ways = {way: ("svlm", f"way={way},max_frames=8,max_pixels=9408,path={args.model}", TASKS) for way in args.way}
         if args.openai:
             settings = f"model={served(args.openai)},base_url={args.openai},num_concurrent=1,max_frames_num=8,pass_video_url=True"
             ways["openai"] = ("openai", settings, TASKS[:2])
@@ -159,7 +159,7 @@ def main() -> None:
         "date": date,
         "commit": commit(),
         "command": " ".join(["python benchmarks/ovo_bench.py", *(["--openai URL"] if args.openai else [])]),
-        "model": args.model or "demo",
+        "model": Path(args.model).name,
         "versions": versions,
         **found,
     }

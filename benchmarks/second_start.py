@@ -2,7 +2,7 @@
 
     python benchmarks/second_start.py --scratch DIR [--model 7b] [--json FILE]
 
-Writes random bfloat16 weights of the named size into DIR, unless they are there, reads them through once, and captions the bundled clip in
+Writes random bfloat16 weights of the named size into DIR, unless they are there, reads them through once, and captions the sample clip in
 two processes one after the other, which share a cache of compiled programs that is empty before the first. A process's time is from its
 start to its first caption. What else was read of those files before is in the system's memory for all three; DIR is left as it is.
 """
@@ -27,16 +27,17 @@ BLOCK = 1 << 24
 CHILD = """
 import json, sys, time
 import jax
-from svlm_jax.api import Commentary, sample_clip
+from svlm_jax.api import Commentary
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.programs import use_compilation_cache
 use_compilation_cache()
-said = next(iter(Commentary(sample_clip(), sys.argv[1], duration=2)))
+said = next(iter(Commentary(sample_path(), sys.argv[1], duration=2)))
 print(json.dumps({"seconds": time.time() - float(sys.argv[2]), "tokens": len(said.tokens), "device": jax.devices()[0].device_kind}))
 """
 
 
 def checkpoint(folder: Path, model: str) -> Path:
-    """A directory with weights, config and the bundled tokenizer, whose ids every vocabulary has."""
+    """A directory with weights, config and the tiny model's tokenizer, whose ids every vocabulary has."""
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

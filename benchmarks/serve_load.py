@@ -46,9 +46,10 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from svlm_jax.api import sample_clip
 from svlm_jax.bench.report import surroundings
 from svlm_jax.captions import Caption, open_caption_files
+from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 
 ROOT = Path(__file__).parent.parent
 FLAT = 0.02  # of memory, and of a round's time
@@ -122,7 +123,8 @@ class Server:
 
 @contextlib.contextmanager
 def serving(places: int, folder: Path, flags: list[str]) -> Iterator[Server]:
-    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", "--streams", str(places), "--allow-files", str(folder), *flags]
+    model = [] if "--model" in flags else ["--model", str(tiny_path()), "--size", "336x252"]
+    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", "--streams", str(places), "--allow-files", str(folder), *model, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -411,11 +413,11 @@ async def listen(server: Server, path: Path, rounds: int, out: Path) -> list[tup
 
 
 def lengthen(path: Path, seconds: float) -> None:
-    """The bundled clip over and over, without encoding it again, for so long at least."""
+    """The sample clip over and over, without encoding it again, for so long at least."""
     with av.open(str(path), "w") as out:
         target, offset, length = None, 0, 0  # the last two in the clip's own ticks
         while target is None or offset < length:
-            with av.open(str(sample_clip())) as clip:
+            with av.open(str(sample_path())) as clip:
                 source = clip.streams.video[0]
                 assert source.duration is not None and source.time_base is not None
                 target, length = target or out.add_stream_from_template(source), seconds / source.time_base

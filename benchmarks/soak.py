@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--rounds 20000] [--json FILE]
 
-The bundled model watches noise; tests/contract.py keeps the same stream in plain Python, and survivors and positions are
+The tiny model watches noise; tests/contract.py keeps the same stream in plain Python, and survivors and positions are
 compared with the engine's state every thousand rounds and at the end.
 """
 
@@ -25,6 +25,7 @@ from contract import Contract  # noqa: E402
 
 import svlm_jax  # noqa: E402
 from svlm_jax.config import StreamConfig  # noqa: E402
+from svlm_jax.demo.make_tiny import tiny_path  # noqa: E402
 from svlm_jax.streaming.engine import Engine, make_spec  # noqa: E402
 from svlm_jax.streaming.prompt import encode_query, encode_time, encode_words  # noqa: E402
 from svlm_jax.streaming.visible import visible  # noqa: E402
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20_000)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model = svlm_jax.load()
+    model = svlm_jax.load(tiny_path())
     config = StreamConfig(text_sink=64, text_sliding=64, vision_window=8, text_window=8, query="What is going on?", question_capacity=0)
     spec = make_spec(model.config, config, model.tokenizer, height=56, width=84)
     engine = Engine(model.params, spec, model.tokenizer)

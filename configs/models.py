@@ -123,7 +123,7 @@ def qwen3_vl_8b() -> ModelConfig:
 
 
 def tiny(vocab_size: int = 2048) -> ModelConfig:
-    """A quarter of a million parameters and every mechanism of the big ones: tests and the bundled demonstration."""
+    """A quarter of a million parameters and every mechanism of the big ones: for tests."""
     vision = VisionConfig(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1, 3))
     text = TextConfig(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""A tiny model on the bundled clip of twelve seconds, with a commentary of made-up words: shows that everything works.
+"""A tiny model on a bundled clip of twelve seconds, with a commentary of made-up words: shows that everything works.
 
     python train.py sft_tiny out=run
 
@@ -22,7 +22,7 @@ WORDS = ["the", "red", "team", "shoots", "and", "the", "goalkeeper", "saves", "i
 
 
 def annotations(folder: Path) -> Path:
-    """Overlapping chunks of the bundled clip, four seconds each, in the published format."""
+    """Overlapping chunks of the clip, four seconds each, in the published format."""
     rows = []
     for start in range(0, 8, 2):
         said = [[start + i / 2, start + i / 2 + 0.4, WORDS[(start + i) % len(WORDS)]] for i in range(8)]

@@ -1,4 +1,4 @@
-"""Ten seconds of two streams in one program: a lax.scan over the streaming step. A few seconds on a CPU.
+"""Ten seconds of two streams in one program, as they are in the bundled match: a lax.scan over the streaming step. Half a minute on a CPU.
 
     python examples/stream_scan.py
 """
@@ -7,19 +7,22 @@ import jax
 import numpy as np
 
 import svlm_jax
+from svlm_jax.checkpoints.stream_settings import read_stream_settings
 from svlm_jax.config import StreamConfig
+from svlm_jax.data.video import read_rounds
+from svlm_jax.demo.bundle import clip_path
 from svlm_jax.streaming.engine import Engine, make_spec
 from svlm_jax.streaming.step import decode, ingest
 
-model = svlm_jax.load()
-config = StreamConfig(vision_window=4, text_window=4, max_new_tokens=8, query="")
-spec = make_spec(model.config, config, model.tokenizer, height=56, width=84)
+model, rounds, height, width = svlm_jax.load(), 10, 224, 336
+config = StreamConfig(**{**read_stream_settings(model.path), "query": ""})
+spec = make_spec(model.config, config, model.tokenizer, height=height, width=width)
 engine = Engine(model.params, spec, model.tokenizer, streams=2)  # lays out prompts, opens streams
 for row in range(2):
     engine.open(row)
-rounds = 10
-noise = np.random.default_rng(0).integers(0, 256, (rounds, 2, config.frames_per_round, 3, 56, 84), dtype=np.uint8)
-prompts = [engine.prompt({0: (t, t + 1), 1: (t + 60, t + 61)}) for t in range(rounds)]
+parts = [read_rounds(clip_path(), fps=2, chunk_seconds=1, start=start, duration=rounds, size=(height, width)) for start in (10, 60)]
+frames = np.stack([[r.frames.transpose(0, 3, 1, 2) for r in part] for part in parts], axis=1)  # [round, stream, frame, colour, y, x]
+prompts = [engine.prompt({0: (t, t + 1), 1: (t + 50, t + 51)}) for t in range(10, 10 + rounds)]
 keys = jax.random.split(jax.random.key(0), 2)
 
 
@@ -29,12 +32,8 @@ def one_round(state, inputs):
     return decode(model.params, state, keys)
 
 
-@jax.jit
-def watch(state, frames, prompts):
-    return jax.lax.scan(one_round, state, (frames, prompts))
-
-
-state, turns = watch(engine.state, noise, jax.tree.map(lambda *a: np.stack(a), *prompts))
+prompts = jax.tree.map(lambda *a: np.stack(a), *prompts)
+state, turns = jax.jit(jax.lax.scan, static_argnums=0)(one_round, engine.state, (frames, prompts))
 for t in range(rounds):
     said = [engine.spoken(np.asarray(turns.tokens)[t, row, : turns.length[t, row]].tolist()) for row in range(2)]
     print(f"{t:2} s, {int(turns.cached[t, 0])} tokens cached:", " | ".join(map(repr, said)))

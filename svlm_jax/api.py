@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
 from svlm_jax.data.video import Round as VideoRound
 from svlm_jax.data.video import VideoInfo, probe, read_ahead, read_rounds
-from svlm_jax.demo.make_tiny import tiny_path
+from svlm_jax.demo.bundle import model_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization, as_quantization, quantized_shapes, quantized_shardings
 from svlm_jax.model.qwen_vl import abstract_params, compute_dtype
@@ -43,11 +42,6 @@ Source = str | os.PathLike[str]
 Quantize = str | Quantization | None
 Question = tuple[float, str]  # seconds from the start of the video, and what is asked
 SPEED_ROUNDS = 16  # the speed is that of so many rounds
-
-
-def sample_clip() -> Path:
-    """The bundled video: twelve seconds of a ball game, drawn."""
-    return Path(__file__).parent / "demo" / "sample.mp4"
 
 
 def random_weights(folder: Place) -> bool:
@@ -81,7 +75,7 @@ class Checkpoint:
         mesh: Mesh | None = None,
     ) -> "Checkpoint":
         """Looks at config, tokenizer and headers. Raises UserError where they are missing, or do not go with each other or with the mesh."""
-        folder, name = checkpoint.find(tiny_path() if path is None else os.fspath(path))
+        folder, name = checkpoint.find(model_path() if path is None else os.fspath(path))
         config = read_config(folder, name=name)
         source = folder if weights is None else checkpoint.find(os.fspath(weights))[0]
         opened = open_source(source, config, dtype=dtype)
@@ -129,7 +123,7 @@ def load(
     """The model in a directory or bucket, of Hugging Face's form or Orbax's (or of that name on the Hub), ready for `stream`.
 
     Args:
-      path: None is the bundled model, which is tiny and has random weights: its words mean nothing.
+      path: None is the bundled model, which this project trained on simulated matches and which knows nothing else.
       weights: another directory to take the weights from; config and tokenizer stay those of `path`.
       dtype: of the parameters, the cache and the computation; None keeps what the files hold.
       quantize: "int8" or "fp8" keeps the weights of the decoder's products and of the head in eight bits, and so makes decoding

@@ -17,6 +17,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from svlm_jax.demo.make_tiny import tiny_path
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "112x84", "--max-pixels", "9408", "--vision-window", "4", "--text-window", "4", "--max-new-tokens", "6"]
 
@@ -26,7 +28,7 @@ class Server:
 
     def __init__(self, *flags: str, env: dict[str, str] | None = None):
         inherited = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}  # a server keeps deadlines
-        command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", *SMALL, *flags]
+        command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", "--model", str(tiny_path()), *SMALL, *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**inherited, **(env or {})}, start_new_session=True
         )

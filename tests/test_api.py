@@ -14,25 +14,27 @@ import pytest
 
 import svlm_jax
 from svlm_jax import api, programs
-from svlm_jax.api import Commentary, sample_clip
+from svlm_jax.api import Commentary
 from svlm_jax.captions import Caption
 from svlm_jax.commands.flags import add_arguments, stream_settings
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.video import TruncatedVideo, read_rounds
+from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.streaming.engine import Engine
 
-CLIP = sample_clip()
+CLIP = sample_path()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return svlm_jax.load()
+    return svlm_jax.load(tiny_path())
 
 
 @pytest.fixture
 def truncated(tmp_path):
-    """The bundled clip, the last two fifths of its bytes lost."""
+    """The sample clip, the last two fifths of its bytes lost."""
     path = tmp_path / "cut.mp4"
     path.write_bytes(CLIP.read_bytes()[: CLIP.stat().st_size * 3 // 5])
     return path
@@ -185,9 +187,9 @@ def test_a_truncated_video_gives_what_can_be_read(model, truncated):
 
 def test_an_unknown_setting_is_named():
     with pytest.raises(UserError, match="there is no setting 'temprature': the settings are"):
-        svlm_jax.stream(CLIP, temprature=0)
+        svlm_jax.stream(CLIP, tiny_path(), temprature=0)
     with pytest.raises(UserError, match="--text-window must be at least 2"):
-        svlm_jax.stream(CLIP, text_window=1)
+        svlm_jax.stream(CLIP, tiny_path(), text_window=1)
 
 
 def test_a_missing_video_is_named_at_the_call():
@@ -208,23 +210,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(monkeypatch, setti
     with pytest.raises(
         UserError, match=r"needs [\d,.]+ GiB \(weights 0\.7 MiB, cache [\d,.]+ GiB\), with [\d.]+ GiB of memory free"
     ) as told:
-        svlm_jax.stream(CLIP, **settings)
+        svlm_jax.stream(CLIP, tiny_path(), **settings)
     assert names in str(told.value)
 
 
 def test_memory_is_counted_exactly(monkeypatch):
-    commentary = Commentary(CLIP)
+    commentary = Commentary(CLIP, tiny_path())
     state = programs.tree_bytes(programs.state_shapes(commentary.spec, 1, commentary.dtype))
     model = commentary.checkpoint
-    assert model is not None and model.nbytes == programs.tree_bytes(svlm_jax.load().params)
+    assert model is not None and model.nbytes == programs.tree_bytes(svlm_jax.load(tiny_path()).params)
     monkeypatch.setattr(programs, "free_memory", lambda: state + model.nbytes)
-    Commentary(CLIP)
+    Commentary(CLIP, tiny_path())
     monkeypatch.setattr(programs, "free_memory", lambda: state + model.nbytes - 1)
     with pytest.raises(UserError, match="lower --vision-window"):
-        Commentary(CLIP)
+        Commentary(CLIP, tiny_path())
     monkeypatch.setattr(programs, "free_memory", lambda: model.nbytes - 1)
     with pytest.raises(UserError, match="use a smaller model"):
-        Commentary(CLIP)
+        Commentary(CLIP, tiny_path())
 
 
 def test_what_a_round_works_with_must_fit_too(monkeypatch, model):

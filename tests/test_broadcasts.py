@@ -19,7 +19,7 @@ import av
 import numpy as np
 import pytest
 
-from svlm_jax.api import sample_clip
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.serving.limits import Limits
 from svlm_jax.serving.pushed import LiveSource
 from svlm_jax.serving.sources import Grid, Shape
@@ -92,7 +92,7 @@ def differ(pictures: list[np.ndarray]) -> bool:
 def rtsp(port: int) -> Iterator[None]:
     python = python_with_gstreamer()
     assert python is not None
-    with subprocess.Popen([python, str(RTSP_SERVER), str(port), str(sample_clip())], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([python, str(RTSP_SERVER), str(port), str(sample_path())], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "listening\n"
             yield
@@ -125,7 +125,7 @@ class Broadcast:
     def __init__(self, folder: Path):
         self.folder, self.segments = folder, []
         how = {"hls_time": "1", "hls_list_size": "0"}
-        with av.open(str(sample_clip())) as clip, av.open(str(folder / "all.m3u8"), "w", format="hls", options=how) as out:
+        with av.open(str(sample_path())) as clip, av.open(str(folder / "all.m3u8"), "w", format="hls", options=how) as out:
             source = clip.streams.video[0]
             target = out.add_stream("libx264", rate=10, options={"g": "10", "sc_threshold": "0", "preset": "ultrafast"})
             target.width, target.height, target.pix_fmt = source.width, source.height, "yuv420p"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from svlm_jax import cli
-from svlm_jax.api import sample_clip
 from svlm_jax.commands import UsageError
 from svlm_jax.commands.flags import add_arguments
 from svlm_jax.config import StreamConfig
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 
@@ -159,7 +159,7 @@ def write_sound(path):
 @pytest.fixture
 def places(tmp_path):
     """What the cases below name."""
-    clip = sample_clip().read_bytes()
+    clip = sample_path().read_bytes()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "corrupt.mp4").write_bytes(bytes(1000) + clip[1000:3000])
     (tmp_path / "notes.mp4").write_text("not a video\n" * 100)
@@ -202,7 +202,7 @@ BAD_INPUT = {
     "too large": (["--vision-window", "100000000"], "lower --vision-window"),
     "too long turns": (["--max-new-tokens", "1000000000"], "--max-new-tokens"),
     "too few pixels": (["--max-pixels", "100"], "give at least 784"),
-    "question after the end": (["--question", "Who?@12"], "outside of what is captioned, 0 s to 12 s"),
+    "question after the end": (["--question", "Who?@999"], "the question 'Who?' at 999 s is outside of what is captioned, 0 s to "),
 }
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import svlm_jax
 from svlm_jax import cli
-from svlm_jax.api import Checkpoint, Commentary, sample_clip
+from svlm_jax.api import Checkpoint, Commentary
 from svlm_jax.checkpoints.convert import convert
 from svlm_jax.checkpoints.inspect import described, inspect
 from svlm_jax.checkpoints.load import load_params
@@ -21,6 +21,7 @@ from svlm_jax.checkpoints.orbax_form import eight_bits, write_orbax
 from svlm_jax.checkpoints.plan import leaves
 from svlm_jax.checkpoints.save import save_params
 from svlm_jax.configs.models import tiny_qwen3_vl
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization, is_quantized, quantize
@@ -31,12 +32,12 @@ EVERY = Quantization("fp8", ("decoder", "head", "vision"))
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """The bundled model in int8."""
+    """The tiny model in int8."""
     return convert(tiny_path(), tmp_path_factory.mktemp("small") / "int8", quantize="int8").path
 
 
 def test_it_is_what_loading_quantizes(small):
-    config = svlm_jax.load().config
+    config = svlm_jax.load(tiny_path()).config
     jax.tree.map(np.testing.assert_array_equal, load_params(small, config), load_params(tiny_path(), config, quantize="int8"))
     assert is_quantized(load_params(small, config, quantize="int8"))
 
@@ -59,10 +60,10 @@ def test_eight_bit_floats_are_laid_out_for_rows_in_eight_bits(tmp_path):
         convert(tiny_path(), tmp_path / "out", quantize="fp8_products")
     kept = convert(tiny_path(), tmp_path / "fp8", quantize="fp8").path
     opened = Checkpoint.open(kept, quantize="fp8_products")
-    found, plain = opened.load().params, svlm_jax.load()
+    found, plain = opened.load().params, svlm_jax.load(tiny_path())
     assert jax.tree.map(lambda a: (a.shape, a.dtype), opened.shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), found)
     jax.tree.map(np.testing.assert_array_equal, found, quantize(plain.params, Quantization("fp8_products")))
-    jax.tree.map(np.testing.assert_array_equal, found, svlm_jax.load(quantize="fp8_products").params)
+    jax.tree.map(np.testing.assert_array_equal, found, svlm_jax.load(tiny_path(), quantize="fp8_products").params)
     with pytest.raises(UserError, match="holds decoder, head in fp8 already"):
         load_params(kept, plain.config, quantize=Quantization("fp8_products", ("vision",)))
 
@@ -73,7 +74,7 @@ def test_it_serves_as_it_is(small):
     params = opened.load().params
     assert jax.tree.map(lambda a: (a.shape, a.dtype), opened.shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), params)
     assert opened.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    said = list(Commentary(sample_clip(), small, duration=1, temperature=0, max_new_tokens=3))
+    said = list(Commentary(sample_path(), small, duration=1, temperature=0, max_new_tokens=3))
     assert len(said) == 1 and said[0].tokens
 
 
@@ -102,7 +103,7 @@ def test_the_command_line(tmp_path, capsys):
 
 
 def test_what_it_is_not_for(small, tmp_path):
-    config = svlm_jax.load().config
+    config = svlm_jax.load(tiny_path()).config
     with pytest.raises(UserError, match=r"holds decoder, head in int8 already: leave the quantization out"):
         load_params(small, config, quantize="fp8")
     with pytest.raises(UserError, match="in int8, which are not for training"):
@@ -114,7 +115,7 @@ def test_what_it_is_not_for(small, tmp_path):
 
 
 def test_a_scale_that_is_missing(tmp_path):
-    model = svlm_jax.load()
+    model = svlm_jax.load(tiny_path())
     stored = eight_bits(dict(leaves(jax.tree.map(np.asarray, model.params))), Quantization("int8"), tied=False)
     del stored["text", "layers", 1, "down", "scale"]
     write_orbax(tmp_path, [stored])

@@ -11,11 +11,13 @@ import small
 from jax.sharding import AbstractMesh, PartitionSpec
 from quantized_traces import agreement
 
-from svlm_jax.api import Commentary, sample_clip
+from svlm_jax.api import Commentary
 from svlm_jax.bench.ceilings import Ceilings
 from svlm_jax.bench.floors import floors
 from svlm_jax.config import StreamConfig
 from svlm_jax.configs.models import qwen2_5_vl_7b
+from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.kernels.ring_attention.int8 import Int8Rows
 from svlm_jax.planning.serving import PROGRAMS, arguments, stream_spec
@@ -114,5 +116,5 @@ def test_scales_are_cut_as_their_rows():
 
 
 def test_captions():
-    said = list(Commentary(sample_clip(), kv="int8", duration=2, temperature=0, max_new_tokens=3))
+    said = list(Commentary(sample_path(), tiny_path(), kv="int8", duration=2, temperature=0, max_new_tokens=3))
     assert len(said) == 2 and all(one.tokens for one in said)

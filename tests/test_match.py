@@ -301,7 +301,8 @@ def test_the_command_writes_video_and_truth(tmp_path, capsys):
     assert " ".join(word.text for word in annotation.words) == " ".join(line.words for line in commentate(simulate(7, 12.0)).values())
     # Beside what a model says, here with random weights
     capsys.readouterr()
-    assert run(["caption", str(out), "--truth", "--max-pixels", str(84 * 112), "--duration", "6", "--max-new-tokens", "2"]) == 0
+    quick = ["--model", str(tiny_path()), "--max-pixels", str(84 * 112), "--duration", "6", "--max-new-tokens", "2"]
+    assert run(["caption", str(out), "--truth", *quick]) == 0
     shown = re.findall(r"\((.+)\)\n", capsys.readouterr().out)
     lines = commentate(simulate(7, 12.0))
     answers = {int(question.asked): question.answer.strip() for question in annotation.questions if question.asked < 6}

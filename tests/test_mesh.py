@@ -93,9 +93,11 @@ FOUR = """
 import contextlib, sys
 import jax, numpy as np
 import small
-from svlm_jax.api import Commentary, sample_clip
+from svlm_jax.api import Commentary
 from svlm_jax.bench.report import Compilations
 from svlm_jax.config import StreamConfig
+from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.model.heads import PARTS, repeat_weight, repeated, repeats
 from svlm_jax.planning.hlo import collectives
 from svlm_jax.programs import Programs
@@ -108,7 +110,7 @@ BATCH = StreamConfig(max_new_tokens=3, vision_window=2, text_window=2, text_sink
 def captions(data, tensor):
     mesh = make_mesh(data=data, tensor=tensor)
     settings = {"max_new_tokens": 6, "max_pixels": 56 * 84, "vision_window": 2, "text_window": 2, "query": ""}
-    said = list(Commentary(sample_clip(), dtype="float32", mesh=mesh, duration=4, **settings))
+    said = list(Commentary(sample_path(), tiny_path(), dtype="float32", mesh=mesh, duration=4, **settings))
     assert len(said) == 4
     return [(one.caption.text, one.tokens, one.cached) for one in said]
 

@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from quantized_traces import agreement
 
 import svlm_jax
-from svlm_jax.api import Commentary, sample_clip
+from svlm_jax.api import Commentary
 from svlm_jax.checkpoints.save import save_params
 from svlm_jax.configs.models import qwen2_5_vl_7b, tiny
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.errors import UserError
 from svlm_jax.model.quantized import Quantization, Quantized, product, quantize, quantize_weight, quantized_shapes, quantized_shardings
@@ -124,7 +125,7 @@ def test_shardings_follow_the_weights():
 
 def test_loading(tmp_path):
     """From a checkpoint's files, as the whole tree is quantized; and not back into files."""
-    plain, small = svlm_jax.load(), svlm_jax.load(quantize="int8")
+    plain, small = svlm_jax.load(tiny_path()), svlm_jax.load(tiny_path(), quantize="int8")
     wanted = quantize(plain.params, Quantization("int8"))
     jax.tree.map(np.testing.assert_array_equal, small.params, wanted)
     with pytest.raises(UserError, match="quantized weights are not saved"):
@@ -132,7 +133,7 @@ def test_loading(tmp_path):
 
 
 def test_captions_with_weights_in_eight_bits():
-    said = list(Commentary(sample_clip(), quantize="int8", duration=2, temperature=0, max_new_tokens=3))
+    said = list(Commentary(sample_path(), tiny_path(), quantize="int8", duration=2, temperature=0, max_new_tokens=3))
     assert len(said) == 2 and all(one.tokens for one in said)
 
 

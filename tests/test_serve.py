@@ -16,17 +16,18 @@ import pytest
 import srt
 import webvtt
 
-from svlm_jax.api import sample_clip
+from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 
 ROOT = Path(__file__).parent.parent
-SERVE = [sys.executable, str(ROOT / "serve.py")]
+SERVE = [sys.executable, str(ROOT / "serve.py"), "--model", str(tiny_path())]  # quick; the bundled model's own tests are in test_bundle.py
 
 
 @pytest.fixture(scope="module")
 def long_video(tmp_path_factory):
-    """The bundled clip twenty times over: four minutes."""
+    """The sample clip twenty times over: four minutes."""
     path = tmp_path_factory.mktemp("video") / "long.mp4"
-    with av.open(str(path), "w") as out, av.open(str(sample_clip())) as clip:
+    with av.open(str(path), "w") as out, av.open(str(sample_path())) as clip:
         stream = out.add_stream_from_template(clip.streams.video[0])
         length = clip.streams.video[0].duration
         for turn in range(20):
@@ -39,10 +40,10 @@ def long_video(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def default_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("default")
+def sample_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
     outs = [folder / f"a{suffix}" for suffix in (".vtt", ".srt", ".jsonl")]
-    done = subprocess.run([*SERVE, *(f"--out={out}" for out in outs)], capture_output=True, text=True, timeout=300, cwd=folder)
+    done = subprocess.run([*SERVE, str(sample_path()), *(f"--out={out}" for out in outs)], capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done, *outs
 
@@ -51,17 +52,17 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_without_arguments_the_bundled_clip_is_captioned(default_run):
-    done, *_ = default_run
+def test_a_video_is_captioned_to_its_end(sample_run):
+    done, *_ = sample_run
     assert len(done.stdout.splitlines()) == 12 and done.stdout.startswith("[00:00:00] ")
-    assert "The bundled model has random weights, so its words mean nothing" in done.stderr
+    assert "The model tiny has random weights, so its words mean nothing" in done.stderr and "bundled" not in done.stderr
     assert "sample.mp4: 336x252 pixels at 2 fps, 108 tokens a round; streaming" in done.stderr
     assert "00:00:12 / 00:00:12  100%" in done.stderr and "real time" in done.stderr and "cache" in done.stderr
     assert "Traceback" not in done.stderr and "\x1b" not in done.stdout + done.stderr
 
 
-def test_all_formats_hold_the_same_words(default_run):
-    done, vtt, subrip, jsonl = default_run
+def test_all_formats_hold_the_same_words(sample_run):
+    done, vtt, subrip, jsonl = sample_run
     rounds = lines_of(jsonl)
     assert [(r["type"], r["start"], r["end"]) for r in rounds] == [("segment", r, r + 1) for r in range(12)]
     words = [r["text"] for r in rounds]
@@ -70,17 +71,18 @@ def test_all_formats_hold_the_same_words(default_run):
     assert [line.partition("] ")[2] for line in done.stdout.splitlines()] == words
 
 
-def test_a_second_run_says_the_same(default_run):
+def test_a_second_run_says_the_same(sample_run):
     done = subprocess.run(
-        [sys.executable, "-m", "svlm_jax.cli", "caption", str(sample_clip())], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "svlm_jax.cli", "caption", *SERVE[2:], str(sample_path())], capture_output=True, text=True, timeout=300
     )
-    assert (done.returncode, done.stdout) == (0, default_run[0].stdout)
+    assert (done.returncode, done.stdout) == (0, sample_run[0].stdout)
 
 
-def test_on_a_terminal(default_run, tmp_path):
+def test_on_a_terminal(sample_run, tmp_path):
     """One stream, a status line that is redrawn in place, and never long without a sign of life."""
     leader, follower = pty.openpty()
-    process = subprocess.Popen(SERVE, stdin=follower, stdout=follower, stderr=follower, cwd=tmp_path, env={**os.environ, "TERM": "xterm"})
+    command, streams = [*SERVE, str(sample_path())], {"stdin": follower, "stdout": follower, "stderr": follower}
+    process = subprocess.Popen(command, **streams, cwd=tmp_path, env={**os.environ, "TERM": "xterm"})
     os.close(follower)
     out, gaps, last = b"", [], time.monotonic()
     while select.select([leader], [], [], 120)[0]:
@@ -94,7 +96,7 @@ def test_on_a_terminal(default_run, tmp_path):
     assert process.wait(30) == 0
     text = out.decode()
     assert "compiling" in text and "random weights" in text and "[####" in text and "ETA" in text
-    assert all(word in text for word in default_run[0].stdout.splitlines()[3].split()[1:])
+    assert all(word in text for word in sample_run[0].stdout.splitlines()[3].split()[1:])
     assert sorted(gaps)[-2] < 3  # Python itself starts in the longest
 
 
@@ -135,7 +137,7 @@ def test_a_kill_keeps_what_was_said(long_video, tmp_path):
 
 
 def test_ctrl_c_while_it_compiles_is_heard_at_once(tmp_path):
-    command = [*SERVE, "--no-compilation-cache", "--out", str(tmp_path / "a.vtt")]
+    command = [*SERVE, str(sample_path()), "--no-compilation-cache", "--out", str(tmp_path / "a.vtt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         for line in process.stderr:
             if line.startswith("compiling"):
@@ -158,15 +160,15 @@ def test_a_reader_that_leaves_ends_it_quietly(long_video):
     assert "Traceback" not in err and "Broken" not in err and "svlm: " not in err
 
 
-def test_a_truncated_video_is_captioned_as_far_as_it_goes(tmp_path, default_run):
+def test_a_truncated_video_is_captioned_as_far_as_it_goes(tmp_path, sample_run):
     video, jsonl = tmp_path / "cut.mp4", tmp_path / "a.jsonl"
-    video.write_bytes(sample_clip().read_bytes()[:100_000])
+    video.write_bytes(sample_path().read_bytes()[:100_000])
     done = subprocess.run([*SERVE, str(video), "--out", str(jsonl)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith(f"svlm: {video}: the video ends at ") and "states 12.0 s" in error
     texts = [r["text"] for r in lines_of(jsonl)]
-    whole = [r["text"] for r in lines_of(default_run[-1])]
+    whole = [r["text"] for r in lines_of(sample_run[-1])]
     assert 3 <= len(texts) < 12 and texts[:-1] == whole[: len(texts) - 1]
 
 
@@ -195,11 +197,10 @@ def test_a_wheel_holds_all_that_a_run_needs(tmp_path):
     inside = {name.replace("kernels/", "svlm_jax/kernels/", 1) if name.startswith("kernels/") else name for name in files}
     inside = {name.replace("configs/", "svlm_jax/configs/", 1) if name.startswith("configs/") else name for name in inside}
     expected = {name for name in inside if name.startswith("svlm_jax/") and name.endswith(".py")}
-    expected |= {
-        f"svlm_jax/demo/tiny/{name}"
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-    }
+    model = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+    expected |= {f"svlm_jax/demo/{folder}/{name}" for folder in ("tiny", "commentator") for name in model}
+    expected |= {f"svlm_jax/demo/{name}" for name in ("sample.mp4", "match.mp4", "match.jsonl", "commentator/streaming.json")}
     expected |= {f"svlm_jax/serving/page/{name}" for name in ("index.html", "style.css", "icon.svg", "main.js", "api.js", "sources.js")}
-    expected |= {"svlm_jax/demo/sample.mp4", "svlm_jax/kernels/ring_attention/api.py", "svlm_jax/configs/models.py"}
+    expected |= {"svlm_jax/kernels/ring_attention/api.py", "svlm_jax/configs/models.py"}
     assert expected <= names
     assert not [name for name in names if not name.startswith(("svlm_jax/", "svlm_jax-"))]

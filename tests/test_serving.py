@@ -28,10 +28,12 @@ from pydantic import TypeAdapter
 from server import Server, picture
 from websockets.asyncio.client import connect
 
-from svlm_jax.api import sample_clip
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.resize import resized_size
 from svlm_jax.data.video import probe, read_rounds
+from svlm_jax.demo.bundle import clip_path
+from svlm_jax.demo.clip import sample_path
+from svlm_jax.demo.make_tiny import tiny_path
 from svlm_jax.programs import use_compilation_cache
 from svlm_jax.serving.service import ServeConfig, Service
 from svlm_jax.streaming.engine import Engine
@@ -57,8 +59,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(server):
-    """What the bundled clip's captions are, and its stream."""
-    id = server.open(source="sample")
+    """What the captions of the bundled clip's beginning are, and its stream."""
+    id = server.open(source="sample", duration=12)
     return id, server.captions(id)
 
 
@@ -80,12 +82,12 @@ def test_the_sample_is_captioned_as_by_an_engine_of_its_own(server, sample):
     hurried = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        service = Service(ServeConfig(stream, places=3, size=(84, 112)))
+        service = Service(ServeConfig(stream, model=str(tiny_path()), places=3, size=(84, 112)))
         model, spec = service.checkpoint.load(), service.spec
         engine = Engine(model.params, spec, model.tokenizer, streams=3)
         engine.open(0)
         texts = []
-        for item in read_rounds(sample_clip(), fps=2.0, chunk_seconds=1.0, size=(spec.height, spec.width)):
+        for item in read_rounds(clip_path(), fps=2.0, chunk_seconds=1.0, duration=12, size=(spec.height, spec.width)):
             frames = np.zeros((3, 2, 3, spec.height, spec.width), np.uint8)
             frames[0] = item.frames.transpose(0, 3, 1, 2)
             texts.append(engine.spoken(engine.step(frames, {0: (item.start, item.end)}).tokens()[0]))
@@ -296,7 +298,7 @@ def test_a_client_that_hangs_holds_nobody_up(server):
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as half, socket.create_connection((address.host, address.port)) as deaf:
         half.sendall(b"POST /v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-        id = server.open(source="sample")
+        id = server.open(source="sample", duration=12)
         deaf.sendall(f"GET /v1/streams/{id}/captions HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert len(server.captions(id)) == 12
 
@@ -519,10 +521,10 @@ def test_chats_as_lmms_eval_sends_them(server):
         return ask(*parts, **more).usage.prompt_tokens
 
     frames = [{"type": "image_url", "image_url": {"url": as_uri(picture(n, 84, 112, "PNG"), "image/png")}} for n in range(3)]
-    clip = {"type": "video_url", "video_url": {"url": as_uri(sample_clip().read_bytes(), "video/mp4")}}
+    clip = {"type": "video_url", "video_url": {"url": as_uri(sample_path().read_bytes(), "video/mp4")}}
     nothing = tokens(top_p=0.9, seed=1, presence_penalty=0, frequency_penalty=0.0, n=1, response_format={"type": "text"})
     assert tokens(*frames) - nothing == 3 * (3 * 4 + 2)  # a token for 28 x 28 pixels, and one before and after
-    info = probe(sample_clip())
+    info = probe(sample_path())
     height, width = resized_size(info.height, info.width, min_pixels=9408, max_pixels=9408)
     four = tokens(clip, extra_body={"media_io_kwargs": {"video": {"num_frames": 4}}})
     assert four - nothing == 2 * (height // 28) * (width // 28) + 2  # two frames are one step
@@ -562,8 +564,9 @@ def test_the_page_is_whole_and_asks_nobody_else(server):
     named = set(re.findall(r'(?:src|href)="(/[^"]+)"', answer.text))
     scripts = [server.http.get("/page/main.js").text]
     named |= {f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', scripts[0])}
-    for path in named | {"/sample.mp4"}:
+    for path in named:
         assert server.http.get(path).status_code == 200, path
+    assert server.http.get("/sample.mp4").content == clip_path().read_bytes()
     assert {"/page/style.css", "/page/main.js", "/page/api.js", "/page/sources.js"} <= named
     ids = set(re.findall(r'id="([^"]+)"', answer.text))
     assert set(re.findall(r'\$\("([^"]+)"\)', scripts[0])) <= ids
@@ -579,7 +582,7 @@ def test_a_stream_goes_on_after_kill_9_as_if_nothing_had_happened(tmp_path, samp
     """Written by one server, which is killed, and read by the next: the same words as in one go, and nothing told twice."""
     flags = ["--streams", "3", "--state", str(tmp_path)]
     first = Server(*flags).ready()
-    id = first.open(source="sample", pace="real")
+    id = first.open(source="sample", pace="real", duration=12)
     while first.status(id)["rounds"] < 4:
         time.sleep(0.02)
     assert first.http.post(f"/v1/streams/{id}/snapshot").json() == {"resume": id}

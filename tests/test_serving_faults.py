@@ -25,7 +25,7 @@ import websockets
 from server import Server, picture
 from websockets.asyncio.client import connect
 
-from svlm_jax.api import sample_clip
+from svlm_jax.demo.clip import sample_path
 
 COUNT = int(os.environ.get("MALFORMED_MESSAGES", 1_000))
 MESSAGES = {"text": COUNT * 3 // 10, "binary": COUNT * 2 // 10, "http": COUNT - COUNT * 5 // 10}
@@ -418,7 +418,7 @@ def sound(path: Path) -> None:
 
 def damaged(folder: Path) -> dict[str, Path]:
     """Files that are wrong in the container, the codec or the numbers that they claim."""
-    whole, rng = sample_clip().read_bytes(), random.Random(4)
+    whole, rng = sample_path().read_bytes(), random.Random(4)
     box = whole.index(b"moov") - 4
 
     def patched(*changes: tuple[int, bytes]) -> bytes:

@@ -25,9 +25,9 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 
-from svlm_jax.api import sample_clip
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.video import read_rounds
+from svlm_jax.demo.clip import sample_path
 from svlm_jax.errors import UserError
 from svlm_jax.serving.child import Decoder
 from svlm_jax.serving.clocks import Moment
@@ -151,8 +151,8 @@ def test_frames_that_come_too_fast_and_clients_that_fall_silent():
 
 def test_a_file_is_read_as_on_the_command_line():
     shape = Shape(fps=2.0, chunk_seconds=1.0, frames=2, height=84, width=112)
-    rounds = drained(FileSource(str(sample_clip()), shape, Limits(), lambda: None, paced=False, start=2.0, duration=3.0))
-    expected = list(read_rounds(sample_clip(), fps=2.0, chunk_seconds=1.0, start=2.0, duration=3.0, size=(84, 112)))
+    rounds = drained(FileSource(str(sample_path()), shape, Limits(), lambda: None, paced=False, start=2.0, duration=3.0))
+    expected = list(read_rounds(sample_path(), fps=2.0, chunk_seconds=1.0, start=2.0, duration=3.0, size=(84, 112)))
     assert [(r.start, r.end) for r in rounds] == [(r.start, r.end) for r in expected]
     for ours, theirs in zip(rounds, expected, strict=True):
         assert (ours.frames.transpose(0, 2, 3, 1) == theirs.frames).all()
@@ -172,9 +172,9 @@ def test_hostile_files_fail_in_one_line(tmp_path, content):
 
 
 def test_a_decoder_that_dies_or_takes_too_much_takes_nothing_with_it():
-    source = FileSource(str(sample_clip()), SHAPE, Limits(decoder_bytes=64 << 20), lambda: None, paced=False)
+    source = FileSource(str(sample_path()), SHAPE, Limits(decoder_bytes=64 << 20), lambda: None, paced=False)
     assert drained(source) == [] and source.failure
-    source = FileSource(str(sample_clip()), SHAPE, Limits(), lambda: None, paced=False)
+    source = FileSource(str(sample_path()), SHAPE, Limits(), lambda: None, paced=False)
     wait(source.ready)
     source._decoder._process.kill()
     drained(source)
@@ -199,7 +199,7 @@ def web():
                 self.send_header("Location", "/clip.mp4")
                 self.end_headers()
                 return
-            data = sample_clip().read_bytes()
+            data = sample_path().read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

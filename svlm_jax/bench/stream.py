@@ -2,7 +2,7 @@
 
 The programs are the ones that serve. Frames come from a decoded H.264 file and differ from round to round. The previous text is
 full from the start, and warm-up lasts until the windows are full too, so that every measured round evicts what it appends.
-Without a checkpoint the weights are random, and prompts use the bundled tokenizer, whose ids every vocabulary has: only shapes
+Without a checkpoint the weights are random, and prompts use the tiny model's tokenizer, whose ids every vocabulary has: only shapes
 matter. Every turn runs to its budget, because the column of `<|im_end|>` in the head is zero: the largest of many thousand other
 logits is never below it. Tokens are the likeliest ones (temperature 0).
 """

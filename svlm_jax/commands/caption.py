@@ -88,13 +88,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, settings: dict[str, Any]) -> "Commentary":
     """Checks video, model and memory; reads nothing large."""
-    from svlm_jax.api import Commentary, sample_clip
+    from svlm_jax.api import Commentary
+    from svlm_jax.demo.bundle import clip_path
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache(not args.no_compilation_cache)
     check_device()
     return Commentary(
-        sample_clip() if args.source is None else args.source,
+        clip_path() if args.source is None else args.source,
         args.model,
         weights=args.weights,
         dtype=args.dtype,
@@ -135,8 +136,9 @@ def _say_what_to_expect(view: LiveView, args: argparse.Namespace, commentary: "C
     from svlm_jax.api import random_weights
 
     if random_weights(commentary.path) and not args.weights:
-        which = "bundled model" if args.model is None else f"model {commentary.path.name}"
-        view.note(f"The {which} has random weights, so its words mean nothing: --model DIR takes one that has learnt.")
+        view.note(f"The model {commentary.path.name} has random weights, so its words mean nothing: --model DIR takes one that has learnt.")
+    if args.model is None and args.source is not None and not args.weights:
+        view.note("The bundled model knows nothing but matches of `svlm demo match`: --model DIR takes one that knows other videos.")
     copies = 1 if commentary.mesh is None else commentary.mesh.shape["data"]
     if copies > 1:
         view.note(f"A video is one stream, which data={copies} cannot split: those devices all do the same work.")

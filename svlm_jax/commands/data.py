@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     show.add_argument("--row", metavar="N", type=int, default=0, help="counted from 0 (default: 0)")
     show.add_argument("--out", metavar="FILE", required=True, help="the page")
     show.add_argument("--videos", metavar="DIR", default="", help="folder that the paths of videos are relative to")
-    show.add_argument("--model", metavar="DIR", help="directory whose tokenizer and sizes are used (default: the bundled one)")
+    show.add_argument("--model", metavar="DIR", help="directory whose tokenizer and sizes are used (default: those of the tiny model)")
     show.add_argument("--max-pixels", metavar="N", type=int, default=602_112, help="of a frame (default: 602112)")
     sample(show)
 

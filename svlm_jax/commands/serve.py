@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--port", metavar="P", type=_port, default=8000, help="to listen on; 0 takes a free one (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--streams", metavar="N", type=_count, default=4, help="places: streams that run at once (default: 4)")
-    size = "of all streams before --max-pixels, such as 1280x720; other shapes get black sides (default: 1280x720; the bundled model: 336x252)"
+    size = "of all streams before --max-pixels, such as 1280x720; other shapes get black sides (default: 1280x720; the bundled model: 336x224)"
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", type=_size, help=size)
     access = parser.add_argument_group("access")
     access.add_argument("--api-key", metavar="KEY", action="append", default=[], help="that clients must send; repeatable")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from svlm_jax.checkpoints.run_form import described_in
     from svlm_jax.checkpoints.stream_settings import read_stream_settings
     from svlm_jax.config import StreamConfig
-    from svlm_jax.demo.make_tiny import tiny_path
+    from svlm_jax.demo.bundle import model_path
     from svlm_jax.programs import use_compilation_cache
     from svlm_jax.serving.origins import Allowed
     from svlm_jax.serving.server import listen, serve
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     mesh = mesh_of_flag(args.mesh)
     bound = listen(args.host, args.port)
     config = ServeConfig(
-        stream=StreamConfig(**{**read_stream_settings(described_in(find(args.model or tiny_path())[0])), **settings}),
+        stream=StreamConfig(**{**read_stream_settings(described_in(find(args.model or model_path())[0])), **settings}),
         model=args.model,
         weights=args.weights,
         dtype=args.dtype,

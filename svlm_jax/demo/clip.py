@@ -1,4 +1,4 @@
-"""The bundled sample clip: twelve seconds of a ball game, drawn from above. `python -m svlm_jax.demo.clip OUT` writes it again."""
+"""A sample clip for tests: twelve seconds of a ball game, drawn from above. `python -m svlm_jax.demo.clip OUT` writes it again."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ FORMATION = ((-36, 0), (-24, -13), (-24, 13), (-10, -18), (-9, 1), (-10, 17), (4
 
 
 def sample_path() -> Path:
-    """Where the bundled clip lies."""
+    """Where the clip lies."""
     return Path(__file__).with_name("sample.mp4")
 
 

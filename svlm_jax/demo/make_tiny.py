@@ -1,4 +1,4 @@
-"""Makes the bundled model: every mechanism of Qwen2.5-VL at a twenty-thousandth of the size, with random weights.
+"""Makes the tiny model: every mechanism of Qwen2.5-VL at a twenty-thousandth of the size, with random weights.
 
     python -m svlm_jax.demo.make_tiny              writes svlm_jax/demo/tiny beside its tokenizer, in seconds
 
@@ -52,7 +52,7 @@ Written by `python -m svlm_jax.demo.make_tiny` from seed {seed}; the tokenizer b
 
 
 def tiny_path() -> Path:
-    """The bundled model's directory."""
+    """The tiny model's directory."""
     return Path(__file__).with_name("tiny")
 
 

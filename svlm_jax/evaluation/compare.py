@@ -41,7 +41,7 @@ class Job:
     workers: int
     patience: Row  # timeout, tries and first_wait of an endpoint
     temperature: float | None  # a server's
-    tokenizer: str | None  # the checkpoint whose tokens the history of a server is counted in; None: the bundled one
+    tokenizer: str | None  # the checkpoint whose tokens the history of a server is counted in; None: the tiny one
 
 
 class Progress:
@@ -150,11 +150,12 @@ def _watch(who: Contestant, job: Job, journal: Journal) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # so small a model is not worth a GPU's start
     from svlm_jax.api import load
     from svlm_jax.commands.device import mesh_of_flag
+    from svlm_jax.demo.make_tiny import tiny_path
     from svlm_jax.evaluation.watching import Watching
     from svlm_jax.programs import use_compilation_cache
 
     use_compilation_cache()
-    model = load(None if who.model == "demo" else who.model, dtype=job.dtype, mesh=mesh_of_flag(job.mesh))
+    model = load(tiny_path() if who.model == "demo" else who.model, dtype=job.dtype, mesh=mesh_of_flag(job.mesh))
     work = Watching(
         model,
         job.watches,

@@ -34,7 +34,7 @@ class Contestant:
     """A side of the comparison. Just one of the three is set."""
 
     name: str
-    model: str | None = None  # a directory, or a name on the Hub; "demo" is the bundled model
+    model: str | None = None  # a directory, or a name on the Hub; "demo" is the tiny one, whose words mean nothing
     results: Path | None = None  # a file or a folder
     endpoint: Endpoint | None = None
 

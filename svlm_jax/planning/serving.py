@@ -35,7 +35,7 @@ ORDER = ("open_stream", "ingest", "decode", "evict")  # as a stream runs them; `
 
 
 def stream_spec(model: ModelConfig, config: StreamConfig, *, height: int = 560, width: int = 1008) -> StreamSpec:
-    """A model's engine at 720p as it is resized. The bundled tokenizer lays out the prompt: its ids are in every vocabulary."""
+    """A model's engine at 720p as it is resized. The tiny model's tokenizer lays out the prompt: its ids are in every vocabulary."""
     return make_spec(model, config, Tokenizer.load(tiny_path()), height=height, width=width)
 
 

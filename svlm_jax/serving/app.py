@@ -19,8 +19,8 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
-from svlm_jax.api import sample_clip
 from svlm_jax.captions import Caption, document
+from svlm_jax.demo.bundle import clip_path
 from svlm_jax.errors import UserError
 from svlm_jax.serving.chat import Chat
 from svlm_jax.serving.events import Event
@@ -266,7 +266,7 @@ class Routes:
         return response
 
     async def sample(self, _: Request) -> Response:
-        return FileResponse(sample_clip(), media_type="video/mp4")
+        return FileResponse(clip_path(), media_type="video/mp4")
 
 
 def caption(event: Event) -> Caption:

@@ -19,8 +19,8 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from svlm_jax.api import sample_clip
 from svlm_jax.data.chat import Clip, Image, Part, lay_out
+from svlm_jax.demo.bundle import clip_path
 from svlm_jax.errors import UserError
 from svlm_jax.generate import Answer, answer, chat_parts
 from svlm_jax.serving import realtime_events as wire
@@ -163,7 +163,7 @@ class Chat:
             elif kind == "image":
                 raise Refused("a picture must be a data URI: data:image/jpeg;base64,...")
             elif url == "sample":
-                source = str(sample_clip())
+                source = str(clip_path())
             elif url.startswith("file:///"):
                 source = self.service.config.allowed.file(urllib.parse.unquote(url.removeprefix("file://")))
             else:

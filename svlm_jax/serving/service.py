@@ -11,11 +11,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from svlm_jax.api import Checkpoint, random_weights, sample_clip
+from svlm_jax.api import Checkpoint, random_weights
 from svlm_jax.bench.report import Compilations
 from svlm_jax.checkpoints.load import LoadedModel
 from svlm_jax.config import StreamConfig
 from svlm_jax.data.resize import MIN_PIXELS, resized_size
+from svlm_jax.demo.bundle import clip_path
+from svlm_jax.demo.picture import HEIGHT, WIDTH
 from svlm_jax.errors import UserError
 from svlm_jax.programs import Programs, check_memory, device_bytes, tree_bytes
 from svlm_jax.serving.clocks import Moment
@@ -34,7 +36,7 @@ from svlm_jax.streaming.placed import check_streams
 from svlm_jax.streaming.prompt import encode_query, encode_words
 
 QUERY_ROOM = 64  # tokens of a stream's own query, at least
-BUNDLED_SIZE = (252, 336)  # height and width that the bundled clip is resized to
+BUNDLED_SIZE = (HEIGHT, WIDTH)  # of the matches that the bundled model knows
 USUAL_SIZE = (720, 1280)  # height and width of streams, before they are resized
 
 
@@ -223,7 +225,7 @@ class Service:
         if name != "sample" and not is_url(name):
             name = self.config.allowed.file(name)
         elif name == "sample":
-            name = str(sample_clip())
+            name = str(clip_path())
         if origin["live"]:
             return LiveSource(name, self.shape, self.limits, self._wake, session.journal.publish, grid=grid, start=begin)
         duration = origin["end"] - begin if "end" in origin else None
