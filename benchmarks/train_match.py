@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from svlm_jax.demo.training_data import SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = "svlm_jax.demo.training_data"
-STAGES = {"sft_match_sight": 0.3, "sft_match": 0.4, "sft_match_dense": 0.3}  # presets, and their shares of the time for training
+STAGES = {"sft_match_sight": 0.45, "sft_match": 0.31, "sft_match_dense": 0.24}  # presets, and at most so much of the time that is left for these
+SEEN = 0.985  # right tokens of the last steps, at which the first stage ends: half of what is asked are the numbers and teams of players
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
 OF_MATCHES = {name for kind in ("match", "opening") for name in SETS[kind]} | {"dense"}
@@ -69,10 +71,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row and "step_ms" in row]
 
 
+def sees(run: Path) -> bool:
+    """Whether nearly all is right that a run has answered of late."""
+    steps = metrics(run)[-50:]
+    return len(steps) == 50 and statistics.mean(row["accuracy"] for row in steps) >= SEEN
+
+
 def stage(
-    name: str, preset: str, args: argparse.Namespace, settings: list[str], clock: Clock, seconds: float | None, others: subprocess.Popen | None
+    name: str, preset: str, args: argparse.Namespace, settings: list[str], clock: Clock, enough: Callable[[float], bool]
 ) -> list[dict[str, Any]]:
-    """Runs train.py, for so many seconds and until `others` have ended; its steps. Ends the program where it fails."""
+    """Runs train.py until it ends or there is `enough`, after so many seconds; its steps. Ends the program where it fails."""
     run, log = args.folder / name, args.folder / f"{name}.log"
     sets = importlib.import_module(f"svlm_jax.configs.{preset}").config().data.datasets
     data = [f"data.datasets.{each}.{key}={value}" for each in sets for key, value in _places(args, each)]
@@ -80,8 +88,7 @@ def stage(
     begin = time.perf_counter()
     while (code := work.poll()) is None:
         time.sleep(1)
-        late = seconds is not None and time.perf_counter() - begin > seconds
-        if late and not asked and (others is None or others.poll() is not None):
+        if not asked and enough(time.perf_counter() - begin):
             work.send_signal(signal.SIGTERM)  # it saves, and ends
             asked = True
         saved = max((int(each.name) for each in (run / "checkpoints").glob("*") if each.name.isdecimal()), default=0)
@@ -169,19 +176,24 @@ def main() -> None:
         start("-m", "svlm_jax.demo.make_match_model", str(begin), JAX_PLATFORMS="cpu").wait()
 
     runs: dict[str, list[dict[str, Any]]] = {}
-    left, whole, weights = args.seconds - clock(), sum(STAGES[name] for name in args.stages), begin
+    weights, each = begin, max(1, (os.cpu_count() or 1) // sft_match.config().data.lanes)
     for number, preset in enumerate(args.stages):
-        before = clock()
+        before, left = clock(), args.seconds - clock()
         if number and matches is not None and matches.wait():
             sys.exit("the matches could not be made")
-        if preset == args.stages[-1]:
-            length = [f"steps={max(20, int((args.seconds - before - START - END) / seconds_a_step(runs)))}"]
-            seconds = None
-        else:
-            length, seconds = list(STEADY), left * STAGES[preset] / whole
-        each = max(1, (os.cpu_count() or 1) // sft_match.config().data.lanes)
-        weights, settings = args.folder / f"run{number}", [f"weights={weights}", f"workers.processes={each}", *length]
-        runs[preset] = stage(weights.name, preset, args, settings, clock, seconds, None if number else matches)
+        run = args.folder / f"run{number}"
+        share = left * STAGES[preset] / sum(STAGES[name] for name in args.stages[number:])
+        last = preset == args.stages[-1]
+        length = [f"steps={max(20, int((left - START - END) / seconds_a_step(runs)))}"] if last else list(STEADY)
+
+        def enough(seconds: float, preset: str = preset, run: Path = run, share: float = share, last: bool = last) -> bool:
+            if preset == "sft_match_sight" and not last:  # its data are there, those of the next stage not yet
+                return (matches is None or matches.poll() is not None) and (seconds > share or sees(run))
+            return not last and seconds > share
+
+        settings = [f"weights={weights}", f"workers.processes={each}", *length]
+        runs[preset] = stage(run.name, preset, args, settings, clock, enough)
+        weights = run
         spent[preset] = clock() - before
     if args.json:
         import jax
