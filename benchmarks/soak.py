@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20_000)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.rounds < 1_000:
+        parser.error("--rounds must be at least 1,000: rounds 500 to 1,000 are what the last ones are compared with")
     model = svlm_jax.load(tiny_path())
     config = StreamConfig(text_sink=64, text_sliding=64, vision_window=8, text_window=8, query="What is going on?", question_capacity=0)
     spec = make_spec(model.config, config, model.tokenizer, height=56, width=84)
