@@ -82,11 +82,15 @@ def _folders() -> list[str]:
 
 
 def _write(path: str, array: np.ndarray) -> None:
-    with open(path, "xb", buffering=0) as file:
+    with open(path, "xb", buffering=0, opener=_private) as file:
         _remember(path)
         left = np.ascontiguousarray(array).data.cast("B")
         while left:
             left = left[file.write(left) :]
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # the folder is everybody's
 
 
 # Memory outlives a process that is killed, unless Python's tracker of shared memory knows of it
