@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import errno
 import itertools
 import json
 import logging
@@ -111,22 +110,23 @@ def test_closing_leaves_nothing_that_worker_processes_wrote(config):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_parcel_is_read_part_by_part_and_goes_elsewhere_where_memory_is_full(monkeypatch, full):
-    write = parcel._write
+    open_privately = parcel._private
 
-    def no_room(path, array):
-        write(path, array[:1])
-        if os.path.dirname(path) == parcel.MEMORY:
-            os.truncate(path, 1)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        os.unlink(path)
-        write(path, array)
+    def no_room(path, flags):
+        made = open_privately(path, flags)
+        if os.path.dirname(path) != parcel.MEMORY:
+            return made
+        os.close(made)
+        return os.open("/dev/full", os.O_WRONLY)
 
     if full:
-        monkeypatch.setattr(parcel, "_write", no_room)
+        monkeypatch.setattr(parcel, "_private", no_room)
     post, array = parcel.Post(), np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
     sent = post.pack(array)
     assert sent.shape == (4, 3, 2) and len(sent) == 4
-    assert not full or os.path.dirname(sent.path) == tempfile.gettempdir()
+    if full:
+        assert os.path.dirname(sent.path) == tempfile.gettempdir()
+        assert not os.path.exists(os.path.join(parcel.MEMORY, os.path.basename(sent.path)))
     whole = np.zeros((5, 3, 2), np.uint8)
     sent.read([whole[1:2], whole[2:5]])
     np.testing.assert_array_equal(whole[1:], array)

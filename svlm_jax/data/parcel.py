@@ -62,7 +62,6 @@ class Post:
             try:
                 _write(path, array)
             except OSError as error:
-                Parcel(path, ()).drop()
                 if error.errno != errno.ENOSPC or folder != MEMORY:
                     raise
             else:
@@ -85,8 +84,12 @@ def _write(path: str, array: np.ndarray) -> None:
     with open(path, "xb", buffering=0, opener=_private) as file:
         _remember(path)
         left = np.ascontiguousarray(array).data.cast("B")
-        while left:
-            left = left[file.write(left) :]
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            Parcel(path, ()).drop()
+            raise
 
 
 def _private(path: str, flags: int) -> int:
