@@ -33,7 +33,7 @@ STAGES = {"sft_match_sight": 0.45, "sft_match": 0.31, "sft_match_dense": 0.24}  
 SEEN = 0.985  # right tokens of the last steps, at which the first stage ends: half of what is asked are the numbers and teams of players
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
-OF_MATCHES = {name for kind in ("match", "opening") for name in SETS[kind]} | {"dense"}
+OF_MATCHES = {name for kind in ("match", "opening") for name in SETS[kind]} - {"goals"} | {"dense"}  # those that share seconds
 CHUNK = 24  # seconds; each shares half with the next
 DRILLS = 100_000  # the first of their seeds
 UNKNOWN = 0.2  # seconds a step, where none has been timed

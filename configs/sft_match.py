@@ -26,8 +26,9 @@ def config() -> RunConfig:
         out="run",
         data=DataConfig(
             {
-                "placed": DatasetConfig(f"{FOLDER}/placed.jsonl", FOLDER, weight=0.35),
-                "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.25),
+                "placed": DatasetConfig(f"{FOLDER}/placed.jsonl", FOLDER, weight=0.30),
+                "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.20),
+                "goals": DatasetConfig(f"{FOLDER}/goals.jsonl", FOLDER, weight=0.10),
                 "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.30),
                 "openings": DatasetConfig(f"{FOLDER}/openings.jsonl", FOLDER, weight=0.10),
             },

@@ -20,6 +20,7 @@ from svlm_jax.demo import commentary, match, picture, training_data
 from svlm_jax.demo.commentary import NUMBERS, Claim, claims, commentate, random_questions, round_of
 from svlm_jax.demo.drill import drill
 from svlm_jax.demo.film import FilmConfig, chunks, spoken, write_video
+from svlm_jax.demo.history import Pasts, with_goals_before
 from svlm_jax.demo.make_match_model import SETTINGS
 from svlm_jax.demo.make_match_model import write as write_model
 from svlm_jax.demo.make_tiny import tiny_path
@@ -195,7 +196,7 @@ def test_a_drill_tells_nothing_but_what_is_seen():
 def test_training_data_have_their_sets_and_drills_no_commentary(tmp_path):
     tasks = [training_data.Task(1000 + i, 48.0, tmp_path, kind, 12.0) for i, kind in enumerate(("match", "opening", "drill"))]
     rows = training_data.write(tasks, tmp_path, 1)
-    assert set(rows) == {"chunks", "asked", "openings", "placed", "glances", "dense"} and rows["glances"] == 12 and rows["chunks"] == 3
+    assert set(rows) == {"chunks", "asked", "openings", "placed", "glances", "dense"} and rows["glances"] == 12 and rows["chunks"] == 3  # no goal yet
     for name, count in rows.items():
         file = AnnotationFile(tmp_path / f"{name}.jsonl")
         annotations = [file.annotation(row) for row in range(count)]
@@ -245,6 +246,78 @@ def test_chunks_remember_what_was_said_before(played):
     assert 512 <= len(late.split()) < 600
     words = [word.text for chunk in cut[::2] for word in chunk.words]
     assert words == [word for index in range(int(played.seconds)) if index in lines for word in lines[index].words.split()]
+
+
+def running_score(texts, kits):
+    """Scores and last scorers that sentences tell, each checked against the sentences before it; how many were."""
+    score = scorer = None
+    checked = 0
+    for claim in (found for text in texts for _, found in commentary.claims(text) if found is not None):
+        side = kits.index(claim.team) if claim.team in kits else None
+        if claim.kind == "goal":
+            score, scorer = score and (score[0] + (side == 0), score[1] + (side == 1)), (claim.team, claim.player)
+        elif claim.kind == "score":
+            assert score in (None, claim.goals)
+            checked, score = checked + (score is not None), claim.goals
+        elif claim.kind == "scorer":
+            assert scorer in (None, (claim.team, claim.player))
+            checked, scorer = checked + (scorer is not None), (claim.team, claim.player)
+    return checked
+
+
+def test_chunks_have_pasts_of_their_own_that_words_follow_from(played):
+    questions = random_questions(played, 5.0)
+    pasts, own = Pasts(played, questions, (64, 448)), commentate(played, questions)
+    checked, scores, kept, mistaken = 0, set(), 0, 0
+    for first in range(0, int(played.seconds) - 24, 30):
+        said = [pasts(first, first + 24, np.random.default_rng(seed)) for seed in (1, 2)]
+        same = [[line for index, line in lines.items() if index >= first - 90] for lines in said]
+        for lines in said:
+            remembered = [index for index in lines if index < first]
+            words = sum(len(spoken(lines[index]).split()) for index in remembered)
+            assert words >= 448 + 64 or remembered == [index for index in own if index < first]
+            assert [index for index in lines if index >= first] == [index for index in own if first <= index < first + 24]
+            recent = {index: line for index, line in lines.items() if index > first - 90}
+            kits = {played.game(index + 0.25).kits for index in recent}
+            if len(kits) == 1:
+                checked += running_score([line.words for line in recent.values()], *kits)
+            for index, line in recent.items():  # what pictures show is as it was; before, players may be taken for others
+                told, true = ([each for _, each in claims(words) if each and each.kind in match.KINDS] for words in (line.words, own[index].words))
+                assert told == true or (index < first and [each.kind for each in told] == [each.kind for each in true])
+                assert line.words == own[index].words or told != true or not true
+                mistaken += told != true
+                if commentary.question_kind(line.question) == "score":
+                    scores.add((index, line.answer))
+        kept += same[0] == same[1]
+    assert checked > 40 and len(scores) > 60
+    assert mistaken > 200 and kept < 10 and len({index for index, _ in scores}) < 0.7 * len(scores)
+
+
+def test_goals_made_up_come_before_and_all_else_stays(played):
+    time = 700.0
+    assert played.game(time) != played.game(played.seconds)
+    seen = set()
+    for seed in range(20):
+        other = with_goals_before(played, time, np.random.default_rng(seed))
+        later = [event for event in played.events if event.time > time]
+        assert list(other.events[-len(later) :]) == later and {event.kind for event in other.events[: -len(later)]} <= {"goal"}
+        assert list(other.events) == sorted(other.events, key=lambda event: event.time)
+        goals = other.score(time)
+        seen.add(goals)
+        assert max(goals) <= 6 and (other.last_scorer(time) is None) == (goals == (0, 0))
+        if sum(goals):
+            team, number = other.last_scorer(time)
+            assert number in played.game(time).shirts[team][1:]
+        assert other.score(played.seconds) == played.score(played.seconds)  # of the next game
+    assert len(seen) > 10
+
+
+def test_chunks_around_goals(played):
+    goals = [commentary.round_of(event.time) for event in played.events if event.kind == "goal"]
+    spans = training_data.around_goals(played, np.random.default_rng(1))
+    assert len(spans) > 3.5 * len(goals)
+    for start, end in spans:
+        assert end - start == 24 and any(3 <= goal - start < 19 for goal in goals)
 
 
 def test_the_truth_scores_full_marks(played):

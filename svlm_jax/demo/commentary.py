@@ -216,14 +216,17 @@ def score_text(match: Match, time: float) -> str:
     return f"{left} {NUMBERS[x]}, {right} {NUMBERS[y]}."
 
 
-def commentate(match: Match, questions: Mapping[int, str] | None = None) -> dict[int, Line]:
-    """Round: what is said, for rounds in which something is. `questions` are put in rounds: one of QUESTIONS' texts each."""
+def commentate(match: Match, questions: Mapping[int, str] | None = None, rounds: range | None = None) -> dict[int, Line]:
+    """Round: what is said, for those of the `rounds` (all) in which something is. `questions`, one of QUESTIONS' texts each, by round.
+
+    Where the first rounds are left out, so is what is still to be said of them.
+    """
     said: dict[int, list[str]] = {}
     waiting: list[tuple[int, str]] = []  # (first round, score or scorer), in order
     events = {}
     for event in match.events:
         events.setdefault(round_of(event.time), []).append(event)
-    for index in range(math.ceil(match.seconds / ROUND)):
+    for index in range(math.ceil(match.seconds / ROUND)) if rounds is None else rounds:
         now = index + 1 - DELAY  # events up to here are told
         for event in events.get(index, ()):
             said.setdefault(index, []).append(told(match, event, index))

@@ -85,30 +85,24 @@ def spoken(line: Line) -> str:
     return (f" {line.answer}\n" if line.question else "") + (f" {line.words}" if line.sentences else "")
 
 
-def chunks(
-    video: str, seconds: float, lines: Mapping[int, Line], config: ChunkConfig, *, memory: tuple[int, int]
-) -> Iterator[Annotation]:
-    """Overlapping chunks of a match of whole seconds. The previous text is what the model itself would have said before, answers too.
+def chunk(video: str, first: int, end: int, lines: Mapping[int, Line], *, memory: tuple[int, int]) -> Annotation:
+    """The seconds from `first` to `end` of a match. The previous text is what the model itself would have said before, answers too.
 
     `memory`: so many first and so many last words of it are kept, at least; rows cut them further by tokens.
     """
-    said = [spoken(lines[index]) if index in lines else "" for index in range(math.ceil(seconds))]
-    counts = [len(text.split()) for text in said]
-    for start, end in chunk_times(0.0, seconds, config):
-        first, last = round(start), round(end)
-        yield Annotation(
-            video,
-            start,
-            end,
-            QUERY if not first else "",
-            _ends(said[:first], counts[:first], memory),
-            tuple(word for index in range(first, last) if index in lines for word in word_times(lines[index], index)),
-            _questions(lines, first, last),
-        )
+    said = [spoken(lines[index]) for index in sorted(lines) if index < first]
+    words = tuple(word for index in range(first, end) if index in lines for word in word_times(lines[index], index))
+    return Annotation(video, float(first), float(end), QUERY if not first else "", _ends(said, memory), words, _questions(lines, first, end))
 
 
-def _ends(said: Sequence[str], counts: Sequence[int], memory: tuple[int, int]) -> str:
+def chunks(video: str, seconds: float, lines: Mapping[int, Line], config: ChunkConfig, *, memory: tuple[int, int]) -> Iterator[Annotation]:
+    """Overlapping chunks of a match of whole seconds, each as `chunk` cuts it."""
+    return (chunk(video, round(start), round(end), lines, memory=memory) for start, end in chunk_times(0.0, seconds, config))
+
+
+def _ends(said: Sequence[str], memory: tuple[int, int]) -> str:
     """The first rounds with `memory[0]` words and the last ones with `memory[1]`."""
+    counts = [len(text.split()) for text in said]
     if sum(counts) <= sum(memory):
         return "".join(said)
     head = tail = 0

@@ -22,6 +22,7 @@ TICK = 0.1  # seconds
 LENGTH, BREADTH = 76.0, 46.0
 GOAL, BOX = 5.0, (11.0, 12.0)  # half the mouth of a goal; depth of its box and half its breadth
 SIDE = 5  # players of a team
+KEEPER = 0  # the place of the one in the goal
 REACH = 3.1  # from a player's middle to the ball at the feet
 NEAR, TOUCHING = 6.2, 5.4  # players keep so far from one another, and in a duel
 SPEED, SPRINT = 5.5, 8.5  # metres a second

@@ -3,7 +3,8 @@
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --drills 32 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question nearly every second, `openings.jsonl` the first 48 seconds of further matches. Of drills (`demo.drill`), which
+whole matches with a question nearly every second, `goals.jsonl` further chunks with a goal and many questions about the score. Each of these
+chunks has a past of its own (`demo.history`). `openings.jsonl` has the first 48 seconds of further matches. Of drills (`demo.drill`), which
 a model learns to see by, `placed.jsonl` asks after all players' places, `glances.jsonl` the same in chunks of 4 seconds. Seeds below 1000
 are for evaluation and are refused here.
 """
@@ -16,25 +17,29 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from svlm_jax.data.annotations import Annotation
-from svlm_jax.data.chunks import ChunkConfig
-from svlm_jax.demo.commentary import ASKED, commentate, random_questions
+from svlm_jax.data.chunks import ChunkConfig, chunk_times
+from svlm_jax.demo.commentary import ASKED, random_questions, round_of
 from svlm_jax.demo.drill import asked, drill
-from svlm_jax.demo.film import FilmConfig, chunks, write_annotations, write_video
-from svlm_jax.demo.match import simulate
+from svlm_jax.demo.film import FilmConfig, chunk, chunks, write_annotations, write_video
+from svlm_jax.demo.history import Pasts
+from svlm_jax.demo.match import Match, simulate
 
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
 DRILL_SECONDS = 1_800.0
-SETS = {"match": ("chunks", "asked"), "opening": ("openings",), "drill": ("placed", "glances")}  # of what is made of a match
+SETS = {"match": ("chunks", "asked", "goals"), "opening": ("openings",), "drill": ("placed", "glances")}  # of what is made of a match
 ALL = 96, 480  # first and last words of the previous text that rows can need
 MEMORY = {"placed": (0, 48), "glances": (0, 0)}  # there it would be full of places, and rows too long
-EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 1.2, "glances": 1.0, "openings": 6.0}  # seconds between two questions, on average
+EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 1.2, "glances": 1.0, "goals": 3.0, "openings": 6.0}  # seconds between two questions, on average
 LIGHT = "fastdecode,zerolatency"
 STYLES = ("ultrafast", ""), ("superfast", LIGHT), ("veryfast", LIGHT), ("veryfast", "")  # of x264: quick to read, and not all the same
 SIGHTS = "places", "places", "places", "ball"
-KINDS = {"asked": ("ball", "ball", "score", "scorer"), "placed": SIGHTS, "glances": SIGHTS}  # mostly what can be seen
-CHUNKS = {"glances": ChunkConfig(window=4, overlap=0)}  # of 24 seconds, else
+KINDS = {"asked": ("ball", "ball", "score", "scorer"), "goals": ("score", "scorer"), "placed": SIGHTS, "glances": SIGHTS}  # mostly what can be seen
+WINDOW, GLANCE = 24, 4  # seconds of a chunk; of one of glances
+GOALS = 4  # chunks of each goal, which comes between their third second and the sixth from their end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +64,22 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     for number, data_set in enumerate(SETS[task.kind]):
         every, kinds = EVERY[data_set], KINDS.get(data_set, ASKED)
         if task.kind == "drill":
-            lines = asked(match, every, number, kinds)
-        else:
-            lines = commentate(match, random_questions(match, every, seed=number, kinds=kinds))
-        config = CHUNKS.get(data_set, ChunkConfig(window=24, overlap=task.overlap))
-        found[data_set] = list(chunks(name, match.seconds, lines, config, memory=MEMORY.get(data_set, ALL)))
+            config = ChunkConfig(GLANCE, 0) if data_set == "glances" else ChunkConfig(WINDOW, task.overlap)
+            found[data_set] = list(chunks(name, match.seconds, asked(match, every, number, kinds), config, memory=MEMORY[data_set]))
+            continue
+        rng = np.random.default_rng([task.seed, 5, number])
+        pasts = Pasts(match, random_questions(match, every, seed=number, kinds=kinds), ALL)
+        times = around_goals(match, rng) if data_set == "goals" else chunk_times(0.0, match.seconds, ChunkConfig(WINDOW, task.overlap))
+        spans = [(round(start), round(end)) for start, end in times]
+        found[data_set] = [chunk(name, first, end, pasts(first, end, rng), memory=ALL) for first, end in spans]
     return found
+
+
+def around_goals(match: Match, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """From when to when chunks last that have a goal, some of each, in order."""
+    goals = [round_of(event.time) for event in match.events if event.kind == "goal"]
+    starts = sorted(goal - int(rng.integers(3, WINDOW - 5)) for goal in goals for _ in range(GOALS))
+    return [(float(start), float(start + WINDOW)) for start in starts if 0 <= start <= match.seconds - WINDOW]
 
 
 def dense(chunks: list[Annotation]) -> list[Annotation]:
