@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svlm_jax.configs import sft_match
-from svlm_jax.demo.training_data import SETS
+from svlm_jax.demo.training_data import SETS, WINDOW, WINDOWS
+from svlm_jax.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = "svlm_jax.demo.training_data"
@@ -34,7 +34,6 @@ SEEN = 0.985  # right tokens of the last steps, at which the first stage ends: h
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
 OF_MATCHES = {name for kind in ("match", "opening") for name in SETS[kind]} - {"goals"} | {"dense"}  # those that share seconds
-CHUNK = 24  # seconds; each shares half with the next
 DRILLS = 100_000  # the first of their seeds
 UNKNOWN = 0.2  # seconds a step, where none has been timed
 START, END = 45.0, 25.0  # seconds that the last stage takes to begin and to be converted
@@ -82,7 +81,7 @@ def stage(
 ) -> list[dict[str, Any]]:
     """Runs train.py until it ends or there is `enough`, after so many seconds; its steps. Ends the program where it fails."""
     run, log = args.folder / name, args.folder / f"{name}.log"
-    sets = importlib.import_module(f"svlm_jax.configs.{preset}").config().data.datasets
+    sets = preset_config(preset).data.datasets
     data = [f"data.datasets.{each}.{key}={value}" for each in sets for key, value in _places(args, each)]
     work, kept, asked = start(str(ROOT / "train.py"), preset, f"out={run}", *data, *settings, *args.set, log=log), 0, False
     begin = time.perf_counter()
@@ -104,16 +103,20 @@ def stage(
     return steps
 
 
+def preset_config(preset: str) -> RunConfig:
+    return importlib.import_module(f"svlm_jax.configs.{preset}").config()
+
+
 def _places(args: argparse.Namespace, name: str) -> list[tuple[str, str]]:
     file = args.folder / "data" / f"{name}.jsonl"
     return [("path", str(apart(file) if args.apart and name in OF_MATCHES else file)), ("videos", str(args.folder / "data"))]
 
 
 def apart(file: Path) -> Path:
-    """The chunks of a file that share nothing: those that begin where another one of 24 s ends."""
-    target = file.with_name(f"{file.stem}_apart.jsonl")
+    """The chunks of a file that share nothing: those that begin where another one ends, half of all."""
+    window, target = WINDOWS.get(file.stem, WINDOW), file.with_name(f"{file.stem}_apart.jsonl")
     with file.open() as rows, target.open("w") as out:
-        out.writelines(row for row in rows if json.loads(row)[0]["content"][0]["video_start"] % CHUNK == 0)
+        out.writelines(row for row in rows if json.loads(row)[0]["content"][0]["video_start"] % window == 0)
     return target
 
 
@@ -176,7 +179,7 @@ def main() -> None:
         start("-m", "svlm_jax.demo.make_match_model", str(begin), JAX_PLATFORMS="cpu").wait()
 
     runs: dict[str, list[dict[str, Any]]] = {}
-    weights, each = begin, max(1, (os.cpu_count() or 1) // sft_match.config().data.lanes)
+    weights = begin
     for number, preset in enumerate(args.stages):
         before, left = clock(), args.seconds - clock()
         if number and matches is not None and matches.wait():
@@ -191,6 +194,7 @@ def main() -> None:
                 return (matches is None or matches.poll() is not None) and (seconds > share or sees(run))
             return not last and seconds > share
 
+        each = max(1, (os.cpu_count() or 1) // preset_config(preset).data.lanes)
         settings = [f"weights={weights}", f"workers.processes={each}", *length]
         runs[preset] = stage(run.name, preset, args, settings, clock, enough)
         weights = run
@@ -206,7 +210,7 @@ def main() -> None:
             "command": " ".join(["python", "benchmarks/train_match.py", *sys.argv[1:]]),
             "seconds": {name: round(value, 1) for name, value in spent.items()},
             "steps": {name: len(steps) for name, steps in runs.items()},
-            "rows_a_step": sft_match.config().data.rows,
+            "rows_a_step": {name: preset_config(name).data.rows for name in runs},
             "step_ms_median": {name: round(statistics.median(row["step_ms"] for row in steps), 1) for name, steps in runs.items()},
             "mfu_median": {name: statistics.median(row["mfu"] or 0.0 for row in steps) for name, steps in runs.items()},
             "data_wait": {name: steps[-1]["spent"]["data_wait"] for name, steps in runs.items()},

@@ -1,4 +1,7 @@
-"""The model of the simulated match: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
+"""The model of the simulated match: matches in chunks of 24 and of 56 s that share half, with previous text, silence and questions.
+
+In a stream, words that left the window keep the keys and values that they had among pictures, while a chunk's previous text is read
+without any. Long chunks have both: words that are old and were said among pictures.
 
     python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 640 --drills 64 --processes 16
     python -m svlm_jax.demo.make_match_model start
@@ -19,24 +22,19 @@ from svlm_jax.training.step import StepConfig
 
 FOLDER = "data"
 SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448)
+SHARES = {"placed": 0.25, "asked": 0.15, "long": 0.2, "goals": 0.2, "chunks": 0.1, "openings": 0.1}
 
 
 def config() -> RunConfig:
     return RunConfig(
         out="run",
         data=DataConfig(
-            {
-                "placed": DatasetConfig(f"{FOLDER}/placed.jsonl", FOLDER, weight=0.30),
-                "asked": DatasetConfig(f"{FOLDER}/asked.jsonl", FOLDER, weight=0.20),
-                "goals": DatasetConfig(f"{FOLDER}/goals.jsonl", FOLDER, weight=0.10),
-                "chunks": DatasetConfig(f"{FOLDER}/chunks.jsonl", FOLDER, weight=0.30),
-                "openings": DatasetConfig(f"{FOLDER}/openings.jsonl", FOLDER, weight=0.10),
-            },
+            {name: DatasetConfig(f"{FOLDER}/{name}.jsonl", FOLDER, weight=share) for name, share in SHARES.items()},
             LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),
-            RowShape(tokens=4096, bins=24, windows=6, samples=8),  # a chunk of 24 s, a bin a second; of 4 s: six
-            rows=48,
-            lanes=16,
-            open_rows=1,
+            RowShape(tokens=8192, bins=56, windows=6, samples=8),  # a chunk of 56 s, a bin a second; of 24 s: two
+            rows=24,
+            lanes=8,
+            open_rows=2,
         ),
         steps=3_000,
         model="match",

@@ -9,6 +9,7 @@ Every second shows another moment, other kits and numbers: what is asked can onl
 import dataclasses
 
 from svlm_jax.configs import sft_match
+from svlm_jax.data.packing import RowShape
 from svlm_jax.data.pipeline import DatasetConfig
 from svlm_jax.training.config import RunConfig
 
@@ -16,4 +17,6 @@ from svlm_jax.training.config import RunConfig
 def config() -> RunConfig:
     first = sft_match.config()
     glances = DatasetConfig(f"{sft_match.FOLDER}/glances.jsonl", sft_match.FOLDER)
-    return dataclasses.replace(first, out="run0", data=dataclasses.replace(first.data, datasets={"glances": glances}, seed=2))
+    shape = RowShape(tokens=4096, bins=24, windows=6, samples=8)  # six chunks
+    data = dataclasses.replace(first.data, datasets={"glances": glances}, shape=shape, rows=48, lanes=16, open_rows=1, seed=2)
+    return dataclasses.replace(first, out="run0", data=data)

@@ -63,22 +63,17 @@ def told(text: str) -> list[Claim | None]:
     return [claim for _, claim in claims(text)]
 
 
-def essence(claim: Claim) -> tuple:
-    """What a claim says but for the numbers on shirts."""
-    return claim.kind, claim.team, claim.teams, claim.goals
-
-
 def test_the_first_run_tells_what_happens(first_run):
     rounds, shown = first_run
     assert [r["start"] for r in rounds] == list(range(SECONDS))
     truth = Truth.beside(str(clip_path()))
     said = {int(r["start"]): told(r["text"]) for r in rounds}
     assert all(claim is not None for claims in said.values() for claim in claims), [r["text"] for r in rounds]
-    claimed = {(i, essence(claim)) for i, claims in said.items() for claim in claims if claim}
-    really = {(i, essence(claim)) for i in range(SECONDS) for claim in told(truth.said(i, i + 1)) if claim}
+    claimed = {(i, claim) for i, claims in said.items() for claim in claims if claim}
+    really = {(i, claim) for i in range(SECONDS) for claim in told(truth.said(i, i + 1)) if claim}
     assert len(really) > SECONDS // 4
     right = len(claimed & really)
-    assert right >= 0.6 * len(claimed) and right >= 0.6 * len(really), sorted(claimed ^ really)
+    assert right >= 0.9 * len(claimed) and right >= 0.9 * len(really), claimed ^ really  # team, player and second
     for r in rounds:
         assert r["text"] in shown and truth.said(r["start"], r["end"]) in shown  # side by side
 

@@ -196,7 +196,8 @@ def test_a_drill_tells_nothing_but_what_is_seen():
 def test_training_data_have_their_sets_and_drills_no_commentary(tmp_path):
     tasks = [training_data.Task(1000 + i, 48.0, tmp_path, kind, 12.0) for i, kind in enumerate(("match", "opening", "drill"))]
     rows = training_data.write(tasks, tmp_path, 1)
-    assert set(rows) == {"chunks", "asked", "openings", "placed", "glances", "dense"} and rows["glances"] == 12 and rows["chunks"] == 3  # no goal yet
+    assert set(rows) == {"chunks", "asked", "long", "openings", "placed", "glances", "dense"}  # there is no goal yet
+    assert rows["glances"] == 12 and rows["chunks"] == 3 and rows["long"] == 1
     for name, count in rows.items():
         file = AnnotationFile(tmp_path / f"{name}.jsonl")
         annotations = [file.annotation(row) for row in range(count)]
@@ -314,10 +315,10 @@ def test_goals_made_up_come_before_and_all_else_stays(played):
 
 def test_chunks_around_goals(played):
     goals = [commentary.round_of(event.time) for event in played.events if event.kind == "goal"]
-    spans = training_data.around_goals(played, np.random.default_rng(1))
+    spans = training_data.around_goals(played, 56, np.random.default_rng(1))
     assert len(spans) > 3.5 * len(goals)
     for start, end in spans:
-        assert end - start == 24 and any(3 <= goal - start < 19 for goal in goals)
+        assert end - start == 56 and any(3 <= goal - start < 28 for goal in goals)
 
 
 def test_the_truth_scores_full_marks(played):

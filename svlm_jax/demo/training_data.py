@@ -3,8 +3,8 @@
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --drills 32 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question nearly every second, `goals.jsonl` further chunks with a goal and many questions about the score. Each of these
-chunks has a past of its own (`demo.history`). `openings.jsonl` has the first 48 seconds of further matches. Of drills (`demo.drill`), which
+whole matches with a question nearly every second; `long.jsonl` has chunks of 56 seconds, `goals.jsonl` more of them, each with a goal. Each of
+these chunks has a past of its own (`demo.history`). `openings.jsonl` has the first 48 seconds of further matches. Of drills (`demo.drill`), which
 a model learns to see by, `placed.jsonl` asks after all players' places, `glances.jsonl` the same in chunks of 4 seconds. Seeds below 1000
 are for evaluation and are refused here.
 """
@@ -30,16 +30,18 @@ from svlm_jax.demo.match import Match, simulate
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
 DRILL_SECONDS = 1_800.0
-SETS = {"match": ("chunks", "asked", "goals"), "opening": ("openings",), "drill": ("placed", "glances")}  # of what is made of a match
+SETS = {"match": ("chunks", "asked", "long", "goals"), "opening": ("openings",), "drill": ("placed", "glances")}  # of what is made of a match
 ALL = 96, 480  # first and last words of the previous text that rows can need
 MEMORY = {"placed": (0, 48), "glances": (0, 0)}  # there it would be full of places, and rows too long
-EVERY = {"chunks": 20.0, "asked": 1.25, "placed": 1.2, "glances": 1.0, "goals": 3.0, "openings": 6.0}  # seconds between two questions, on average
+# seconds between two questions, on average
+EVERY = {"chunks": 20.0, "asked": 1.25, "long": 12.0, "goals": 12.0, "placed": 1.2, "glances": 1.0, "openings": 6.0}
 LIGHT = "fastdecode,zerolatency"
 STYLES = ("ultrafast", ""), ("superfast", LIGHT), ("veryfast", LIGHT), ("veryfast", "")  # of x264: quick to read, and not all the same
 SIGHTS = "places", "places", "places", "ball"
 KINDS = {"asked": ("ball", "ball", "score", "scorer"), "goals": ("score", "scorer"), "placed": SIGHTS, "glances": SIGHTS}  # mostly what can be seen
-WINDOW, GLANCE = 24, 4  # seconds of a chunk; of one of glances
-GOALS = 4  # chunks of each goal, which comes between their third second and the sixth from their end
+WINDOWS = {"glances": 4, "long": 56, "goals": 56}  # seconds of a chunk; else 24. In the long ones, words grow old among pictures
+WINDOW = 24
+GOALS = 4  # chunks of each goal, which comes in their first half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +64,25 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=preset, tune=tune))
     found = {}
     for number, data_set in enumerate(SETS[task.kind]):
-        every, kinds = EVERY[data_set], KINDS.get(data_set, ASKED)
+        every, kinds, window = EVERY[data_set], KINDS.get(data_set, ASKED), WINDOWS.get(data_set, WINDOW)
+        config = ChunkConfig(window, 0 if data_set == "glances" else task.overlap * window / WINDOW)
         if task.kind == "drill":
-            config = ChunkConfig(GLANCE, 0) if data_set == "glances" else ChunkConfig(WINDOW, task.overlap)
-            found[data_set] = list(chunks(name, match.seconds, asked(match, every, number, kinds), config, memory=MEMORY[data_set]))
+            lines = asked(match, every, number, kinds)
+            found[data_set] = list(chunks(name, match.seconds, lines, config, memory=MEMORY[data_set]))
             continue
         rng = np.random.default_rng([task.seed, 5, number])
         pasts = Pasts(match, random_questions(match, every, seed=number, kinds=kinds), ALL)
-        times = around_goals(match, rng) if data_set == "goals" else chunk_times(0.0, match.seconds, ChunkConfig(WINDOW, task.overlap))
+        times = around_goals(match, window, rng) if data_set == "goals" else chunk_times(0.0, match.seconds, config)
         spans = [(round(start), round(end)) for start, end in times]
         found[data_set] = [chunk(name, first, end, pasts(first, end, rng), memory=ALL) for first, end in spans]
     return found
 
 
-def around_goals(match: Match, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """From when to when chunks last that have a goal, some of each, in order."""
+def around_goals(match: Match, window: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """From when to when chunks of so many seconds last that have a goal in their first half, some of each goal, in order."""
     goals = [round_of(event.time) for event in match.events if event.kind == "goal"]
-    starts = sorted(goal - int(rng.integers(3, WINDOW - 5)) for goal in goals for _ in range(GOALS))
-    return [(float(start), float(start + WINDOW)) for start in starts if 0 <= start <= match.seconds - WINDOW]
+    starts = sorted(goal - int(rng.integers(3, window // 2)) for goal in goals for _ in range(GOALS))
+    return [(float(start), float(start + window)) for start in starts if 0 <= start <= match.seconds - window]
 
 
 def dense(chunks: list[Annotation]) -> list[Annotation]:
