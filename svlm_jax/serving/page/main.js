@@ -220,7 +220,7 @@ async function look() {
     pill.className = `pill ${ready ? "ready" : ""}`;
     if (!model.known) {
       const about = (await json("/v1/models")).data[0];
-      model = { ...model, ...about.svlm, known: true };
+      model = { ...model, ...about.svlm, known: ready }; // sizes are known once it is loaded
       $("model").textContent = `${about.id} · ${model.width}×${model.height} at ${model.fps} fps · remembers ${model.vision_window} rounds of ${model.chunk_seconds} s`;
       $("notice").hidden = !model.random_weights;
       $("notice").textContent = "This model has random weights: its words mean nothing. Start the server with --model for one that has learnt.";
