@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svlm_jax.demo.training_data import SETS, WINDOW, WINDOWS
+from svlm_jax.demo.training_data import SETS
 from svlm_jax.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ STAGES = {"sft_match_sight": 0.45, "sft_match": 0.31, "sft_match_dense": 0.24}  
 SEEN = 0.985  # right tokens of the last steps, at which the first stage ends: half of what is asked are the numbers and teams of players
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
-OF_MATCHES = {name for kind in ("match", "opening") for name in SETS[kind]} - {"goals"} | {"dense"}  # those that share seconds
+OF_MATCHES = {name for name, each in SETS.items() if each.of != "drill"} - {"goals"} | {"dense"}  # those that share seconds
 DRILLS = 100_000  # the first of their seeds
 UNKNOWN = 0.2  # seconds a step, where none has been timed
 START, END = 45.0, 25.0  # seconds that the last stage takes to begin and to be converted
@@ -114,7 +114,7 @@ def _places(args: argparse.Namespace, name: str) -> list[tuple[str, str]]:
 
 def apart(file: Path) -> Path:
     """The chunks of a file that share nothing: those that begin where another one ends, half of all."""
-    window, target = WINDOWS.get(file.stem, WINDOW), file.with_name(f"{file.stem}_apart.jsonl")
+    window, target = SETS["chunks" if file.stem == "dense" else file.stem].window, file.with_name(f"{file.stem}_apart.jsonl")
     with file.open() as rows, target.open("w") as out:
         out.writelines(row for row in rows if json.loads(row)[0]["content"][0]["video_start"] % window == 0)
     return target

@@ -30,18 +30,34 @@ from svlm_jax.demo.match import Match, simulate
 FIRST_SEED = 1_000
 OPENING_SECONDS = 48.0
 DRILL_SECONDS = 1_800.0
-SETS = {"match": ("chunks", "asked", "long", "goals"), "opening": ("openings",), "drill": ("placed", "glances")}  # of what is made of a match
-ALL = 96, 480  # first and last words of the previous text that rows can need
-MEMORY = {"placed": (0, 48), "glances": (0, 0)}  # there it would be full of places, and rows too long
-# seconds between two questions, on average
-EVERY = {"chunks": 20.0, "asked": 1.25, "long": 12.0, "goals": 12.0, "placed": 1.2, "glances": 1.0, "openings": 6.0}
 LIGHT = "fastdecode,zerolatency"
 STYLES = ("ultrafast", ""), ("superfast", LIGHT), ("veryfast", LIGHT), ("veryfast", "")  # of x264: quick to read, and not all the same
-SIGHTS = "places", "places", "places", "ball"
-KINDS = {"asked": ("ball", "ball", "score", "scorer"), "goals": ("score", "scorer"), "placed": SIGHTS, "glances": SIGHTS}  # mostly what can be seen
-WINDOWS = {"glances": 4, "long": 56, "goals": 56}  # seconds of a chunk; else 24. In the long ones, words grow old among pictures
-WINDOW = 24
 GOALS = 4  # chunks of each goal, which comes in their first half
+ALL = 96, 480  # first and last words of the previous text that rows can need
+SIGHTS = "places", "places", "places", "ball"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """Chunks of one kind, and what is asked in them."""
+
+    of: str  # match, opening or drill
+    every: float  # seconds between two questions, on average
+    kinds: tuple[str, ...] = ASKED
+    window: int = 24  # seconds of a chunk
+    overlaps: bool = True  # a chunk shares some of it with the next
+    memory: tuple[int, int] = ALL  # less where it would be full of places, and rows too long
+
+
+SETS = {
+    "chunks": DataSet("match", 20.0),
+    "asked": DataSet("match", 1.25, ("ball", "ball", "score", "scorer")),
+    "long": DataSet("match", 12.0, window=56),  # words grow old among pictures
+    "goals": DataSet("match", 12.0, ("score", "scorer"), window=56),
+    "openings": DataSet("opening", 6.0),
+    "placed": DataSet("drill", 1.2, SIGHTS, memory=(0, 48)),
+    "glances": DataSet("drill", 1.0, SIGHTS, window=4, overlaps=False, memory=(0, 0)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +67,8 @@ class Task:
     seed: int
     seconds: float
     folder: Path
-    kind: str  # of SETS
-    overlap: float
+    kind: str  # match, opening or drill
+    overlap: float  # share of a chunk that is in the next as well
 
 
 def make(task: Task) -> dict[str, list[Annotation]]:
@@ -63,18 +79,17 @@ def make(task: Task) -> dict[str, list[Annotation]]:
     preset, tune = STYLES[task.seed % len(STYLES)]
     write_video(match, task.folder / name, FilmConfig(fps=2, quality=25 + task.seed % 6, preset=preset, tune=tune))
     found = {}
-    for number, data_set in enumerate(SETS[task.kind]):
-        every, kinds, window = EVERY[data_set], KINDS.get(data_set, ASKED), WINDOWS.get(data_set, WINDOW)
-        config = ChunkConfig(window, 0 if data_set == "glances" else task.overlap * window / WINDOW)
+    for number, (data_set, each) in enumerate((key, each) for key, each in SETS.items() if each.of == task.kind):
+        config = ChunkConfig(each.window, task.overlap * each.window if each.overlaps else 0)
         if task.kind == "drill":
-            lines = asked(match, every, number, kinds)
-            found[data_set] = list(chunks(name, match.seconds, lines, config, memory=MEMORY[data_set]))
+            lines = asked(match, each.every, number, each.kinds)
+            found[data_set] = list(chunks(name, match.seconds, lines, config, memory=each.memory))
             continue
         rng = np.random.default_rng([task.seed, 5, number])
-        pasts = Pasts(match, random_questions(match, every, seed=number, kinds=kinds), ALL)
-        times = around_goals(match, window, rng) if data_set == "goals" else chunk_times(0.0, match.seconds, config)
+        pasts = Pasts(match, random_questions(match, each.every, seed=number, kinds=each.kinds), each.memory)
+        times = around_goals(match, each.window, rng) if data_set == "goals" else chunk_times(0.0, match.seconds, config)
         spans = [(round(start), round(end)) for start, end in times]
-        found[data_set] = [chunk(name, first, end, pasts(first, end, rng), memory=ALL) for first, end in spans]
+        found[data_set] = [chunk(name, first, end, pasts(first, end, rng), memory=each.memory) for first, end in spans]
     return found
 
 
@@ -93,7 +108,7 @@ def dense(chunks: list[Annotation]) -> list[Annotation]:
 
 def write(tasks: Iterable[Task], folder: Path, processes: int) -> dict[str, int]:
     """All matches, so many at a time; rows of each data set."""
-    rows: dict[str, list[Annotation]] = {name: [] for name in EVERY}
+    rows: dict[str, list[Annotation]] = {name: [] for name in SETS}
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for found in pool.imap(make, tasks):
             for data_set, annotations in found.items():
@@ -109,7 +124,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120.0, help="of each match")
     parser.add_argument("--openings", type=int, default=320)
     parser.add_argument("--drills", type=int, default=32, help=f"of {DRILL_SECONDS / 60:g} minutes")
-    parser.add_argument("--overlap", type=float, default=12.0, help="seconds that a chunk of 24 shares with the next")
+    parser.add_argument("--overlap", type=float, default=0.5, help="share of a chunk that is in the next as well (default: 0.5)")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
