@@ -1,7 +1,7 @@
 """The model of the simulated match: matches in chunks of 24 and of 56 s that share half, with previous text, silence and questions.
 
 In a stream, words that left the window keep the keys and values that they had among pictures, while a chunk's previous text is read
-without any. Long chunks have both: words that are old and were said among pictures.
+without any. Long chunks have both: words that are old and were said among pictures. They do not have words whose pictures have left.
 
     python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 640 --drills 64 --processes 16
     python -m svlm_jax.demo.make_match_model start

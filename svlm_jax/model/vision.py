@@ -157,7 +157,8 @@ def _attend(q: Array, k: Array, v: Array, valid: Array | None, *, full: bool) ->
         return plain(q, k, v).reshape(shape)
 
     def cudnn(q: Array, k: Array, v: Array) -> Array:
-        return jax.nn.dot_product_attention(q[:, 0], k[:, 0], v[:, 0], mask=mask, implementation="cudnn")[:, None]
+        square = None if mask is None else jnp.broadcast_to(mask, (1, 1, q.shape[2], k.shape[2]))  # it takes no mask of one row
+        return jax.nn.dot_product_attention(q[:, 0], k[:, 0], v[:, 0], mask=square, implementation="cudnn")[:, None]
 
     return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=plain).reshape(shape)
 
