@@ -24,7 +24,7 @@ def test_masks_for_cudnn_have_all_rows(monkeypatch):
     q, k, v = (jnp.asarray(rng.normal(size=(1, 9, 64, 2, 16)), jnp.bfloat16) for _ in range(3))
     valid = jnp.asarray(rng.random((9, 64)) < 0.8)
     found = vision._attend(q, k, v, valid, full=True)
-    flat = [a.reshape(1, 1, 576, 2, 16) for a in (q, k, v)]
-    expected = vision.masked_attention(*flat, valid.reshape(1, -1)[:, None, None, :]).reshape(found.shape)
+    fq, fk, fv = (a.reshape(1, 1, 576, 2, 16) for a in (q, k, v))
+    expected = vision.masked_attention(fq, fk, fv, valid.reshape(1, -1)[:, None, None, :]).reshape(found.shape)
     assert len(asked) == 1
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=0.02)
