@@ -1,7 +1,8 @@
-"""The model of the simulated match: matches in chunks of 24 and of 56 s that share half, with previous text, silence and questions.
+"""The model of the simulated match: matches in chunks of 24 and of 96 s that share half, with previous text, silence and questions.
 
-In a stream, words that left the window keep the keys and values that they had among pictures, while a chunk's previous text is read
-without any. Long chunks have both: words that are old and were said among pictures. They do not have words whose pictures have left.
+In a stream, words that left the window keep the keys and values that they had among pictures, and these pictures are gone: neither chunks
+that see all that is before, nor their previous text, which is read without any, have such words. So what leaves a stream's cache
+leaves these rows as well (`window`), and long chunks have words that are older than it by far.
 
     python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 640 --drills 64 --processes 16
     python -m svlm_jax.demo.make_match_model start
@@ -21,8 +22,8 @@ from svlm_jax.training.optimizer import OptimizerConfig
 from svlm_jax.training.step import StepConfig
 
 FOLDER = "data"
-SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448)
-SHARES = {"placed": 0.25, "asked": 0.15, "long": 0.2, "goals": 0.2, "chunks": 0.1, "openings": 0.1}
+SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448, window=16)
+SHARES = {"placed": 0.3, "asked": 0.18, "long": 0.12, "goals": 0.12, "chunks": 0.14, "openings": 0.14}  # of samples; long ones are 3.6 times as long
 
 
 def config() -> RunConfig:
@@ -30,11 +31,11 @@ def config() -> RunConfig:
         out="run",
         data=DataConfig(
             {name: DatasetConfig(f"{FOLDER}/{name}.jsonl", FOLDER, weight=share) for name, share in SHARES.items()},
-            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),
-            RowShape(tokens=8192, bins=56, windows=6, samples=8),  # a chunk of 56 s, a bin a second; of 24 s: two
-            rows=24,
-            lanes=8,
-            open_rows=2,
+            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, max_seconds=96.0, cache_bytes=0),
+            RowShape(tokens=16_384, bins=120, windows=6, samples=5, memory=2304, reach=2816),  # 96 s and 24 s, a bin a second; or four times 24 s
+            rows=12,
+            lanes=12,
+            open_rows=3,
         ),
         steps=3_000,
         model="match",

@@ -18,5 +18,6 @@ def config() -> RunConfig:
     first = sft_match.config()
     glances = DatasetConfig(f"{sft_match.FOLDER}/glances.jsonl", sft_match.FOLDER)
     shape = RowShape(tokens=4096, bins=24, windows=6, samples=8)  # six chunks
-    data = dataclasses.replace(first.data, datasets={"glances": glances}, shape=shape, rows=48, lanes=16, open_rows=1, seed=2)
+    loader = dataclasses.replace(first.data.loader, sample=dataclasses.replace(first.data.loader.sample, window=None))  # nothing is so old
+    data = dataclasses.replace(first.data, loader=loader, datasets={"glances": glances}, shape=shape, rows=48, lanes=16, open_rows=1, seed=2)
     return dataclasses.replace(first, out="run0", data=data)

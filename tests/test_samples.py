@@ -8,14 +8,13 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 import qwen_vocabulary
 import replay_training_samples
 import small
+from forced import forced_engine, turns_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +24,6 @@ from svlm_jax.data.annotations import Annotation, Question, UnusableRow, Word
 from svlm_jax.data.batch import IGNORED
 from svlm_jax.data.samples import SampleConfig, cut_words, lay_out, make_script
 from svlm_jax.errors import UserError
-from svlm_jax.streaming import engine as engine_module
-from svlm_jax.streaming import step
 from svlm_jax.streaming.prompt import PromptLayout, time_text
 from svlm_jax.streaming.visible import visible
 from svlm_jax.tokenizer import Tokenizer
@@ -164,28 +161,6 @@ def test_published_cuts_the_block_of_the_previous_text(sink, sliding):
 
 
 # The streaming layout
-
-
-def forced_engine(monkeypatch, config: StreamConfig, turns: list[list[int]], **how):
-    """An engine that says `turns`, one a round, whatever its logits are."""
-    script = np.zeros((len(turns), config.max_new_tokens), np.int32)
-    for index, ids in enumerate(turns):
-        script[index, : len(ids)] = ids
-    table = jnp.asarray(script.reshape(-1))
-    monkeypatch.setattr(step, "sample", lambda logits, seen, keys, count, config: table[count])
-    fresh = {name: jax.jit(lambda *args, run=run: run(*args)) for name, run in (("ingest", step.ingest), ("decode", step.decode))}
-    monkeypatch.setattr(engine_module, "compiled", {**engine_module.compiled, **fresh})
-    return small.engine(config, layers=0, **how)
-
-
-def turns_of(row, p: PromptLayout) -> list[list[int]]:
-    turns, now = [], []
-    for token in row.labels[row.labels != IGNORED].tolist():
-        now.append(token)
-        if token == p.im_end:
-            turns.append(now)
-            now = []
-    return turns
 
 
 CASES = {

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 
+from svlm_jax.data.eviction import Eviction
 from svlm_jax.types import Bool, Int, UInt8
 
 IGNORED = -100  # the label of a token that the loss leaves out, as PyTorch's cross_entropy has it
@@ -29,3 +30,4 @@ class Batch:
     patch_valid: Bool[jax.Array, "B G W p"]  # false at the right and bottom edges of grids, and in windows that are none
     grids: Int[jax.Array, "B G W"]  # 1, 2, ... within a bin: full attention stays within one grid; PADDING
     places: Int[jax.Array, "B G W p/4"]  # row of T where each merged token goes; T for those that are none
+    eviction: Eviction | None = None  # where samples have a window: what each token sees of its segment

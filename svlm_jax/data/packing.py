@@ -14,6 +14,7 @@ import numpy as np
 from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import UnusableRow
 from svlm_jax.data.batch import IGNORED, PADDING, Batch
+from svlm_jax.data.eviction import NEVER, Eviction
 from svlm_jax.data.parcel import Parcel
 from svlm_jax.data.patches import grid_order, window_tokens
 from svlm_jax.data.samples import Sample
@@ -33,11 +34,13 @@ class RowShape:
     bins: int = 28  # G; full attention of the vision tower is over one bin at a time
     windows: int = 45  # W of a bin: 45 are one grid of 720p video (560 x 1008 pixels)
     samples: int = 16  # at most: kernels of attention are compiled for a number of segments
+    memory: int = 4096  # M: previous text of all samples, where they have a window
+    reach: int = 16_384  # tokens that a window goes back at most, where samples have one
 
     def __post_init__(self):
-        if min(self.tokens, self.bins, self.windows, self.samples) < 1:
+        if min(self.tokens, self.bins, self.windows, self.samples, self.memory, self.reach) < 1:
             row = f"a row of {self.tokens} tokens, {self.samples} samples and {self.bins} bins of {self.windows} windows"
-            raise UserError(f"{row}: all must be at least 1")
+            raise UserError(f"{row}, memory of {self.memory} and reach of {self.reach}: all must be at least 1")
 
 
 class Loaded(NamedTuple):
@@ -76,6 +79,7 @@ class OpenRow:
     shape: RowShape
     items: list[Loaded] = dataclasses.field(default_factory=list)
     tokens: int = 0
+    memory: int = 0
     free: list[int] = dataclasses.field(default_factory=list)
     bins: list[list[int]] = dataclasses.field(default_factory=list)  # of each item: the bin of each of its grids
 
@@ -86,6 +90,9 @@ class OpenRow:
         """Whether the sample fits; it is in the row then."""
         if len(self.items) == self.shape.samples or self.tokens + len(item.sample.tokens) > self.shape.tokens:
             return False
+        memory = self.memory + _memory(item)
+        if memory > self.shape.memory:
+            return False
         free, bins, at = list(self.free), [], 0
         for _ in range(len(item.patches)):
             while at < len(free) and free[at] < item.windows:
@@ -94,10 +101,15 @@ class OpenRow:
                 return False
             free[at] -= item.windows
             bins.append(at)
-        self.free, self.tokens = free, self.tokens + len(item.sample.tokens)
+        self.free, self.tokens, self.memory = free, self.tokens + len(item.sample.tokens), memory
         self.items.append(item)
         self.bins.append(bins)
         return True
+
+
+def _memory(item: Loaded) -> int:
+    """Places of previous text."""
+    return 0 if item.sample.eviction is None else len(item.sample.eviction.source)
 
 
 def check_fits(item: Loaded, shape: RowShape) -> None:
@@ -105,6 +117,10 @@ def check_fits(item: Loaded, shape: RowShape) -> None:
     length = len(item.sample.tokens)
     if length > shape.tokens:
         raise UnusableRow("longer than a row", f"{length} tokens, and a row has {shape.tokens}")
+    if _memory(item) > shape.memory:
+        raise UnusableRow("more previous text than a row", f"{_memory(item)} places of previous text, and a row has {shape.memory}")
+    if item.sample.eviction is not None and (reach := int((np.arange(length) - item.sample.eviction.start).max())) > shape.reach:
+        raise UnusableRow("a window too long", f"a window of {reach} tokens, and attention reaches back {shape.reach}")
     if item.windows > shape.windows:
         raise UnusableRow("frames larger than a bin", f"{item.windows} windows a grid, and a bin has {shape.windows}")
     if len(item.patches) > shape.bins * (shape.windows // item.windows):
@@ -136,8 +152,8 @@ class Packer:
         return self.rows.pop(0) if self.rows else None
 
 
-def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -> Batch:
-    """The arrays of some rows, which may be empty; padding is PADDING, IGNORED and zeros."""
+def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig, *, evicts: bool = False) -> Batch:
+    """The arrays of some rows, which may be empty; padding is PADDING, IGNORED and zeros. `evicts`: their samples have a window."""
     b, t, g, w = len(rows), shape.tokens, shape.bins, shape.windows
     merged = window_tokens(vision)
     p = merged * vision.spatial_merge_size**2
@@ -172,5 +188,26 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig) -
 
     with ThreadPoolExecutor(COPIERS) as pool:  # patches are hundreds of megabytes a batch, and copying lets other threads run
         list(pool.map(fill, range(b)))
+    eviction = make_eviction(rows, shape) if evicts else None
     arrays: Any = (tokens, labels, positions, segments, patches, coordinates, valid, grids, places)  # on the host as yet
-    return Batch(*arrays)
+    return Batch(*arrays, eviction=eviction)
+
+
+def make_eviction(rows: Sequence[OpenRow], shape: RowShape) -> Eviction:
+    """The facts of some rows. Padding sees itself alone, and what stands nowhere is seen by no token."""
+    b, t, m = len(rows), shape.tokens, shape.memory
+    start = np.tile(np.arange(t, dtype=np.int32), (b, 1))
+    round, shift = np.full((b, t), NEVER, np.int32), np.zeros((b, t), np.int32)
+    source, coordinate, first, stop = (np.zeros((b, m), np.int32) for _ in range(4))
+    for index, row in enumerate(rows):
+        begin = place = rounds = 0
+        for item in row.items:
+            facts = item.sample.eviction
+            assert facts is not None
+            part, places = slice(begin, begin + len(facts.start)), slice(place, place + len(facts.source))
+            start[index, part], round[index, part], shift[index, part] = facts.start + begin, facts.round + rounds, facts.shift
+            source[index, places], coordinate[index, places] = facts.source + begin, facts.coordinate
+            first[index, places], stop[index, places] = facts.first + rounds, facts.stop + rounds
+            begin, place, rounds = part.stop, places.stop, rounds + len(item.sample.grids)
+    arrays: Any = (start, round, shift, source, coordinate, first, stop)
+    return Eviction(*arrays)

@@ -59,6 +59,11 @@ class DataConfig:
     seed: int = 0
     epochs: int | None = None  # None: without end
 
+    @property
+    def evicts(self) -> bool:
+        """Whether rows say what a stream would have evicted."""
+        return self.loader.sample.window is not None
+
     def __post_init__(self):
         weights = {name: dataset.weight for name, dataset in self.datasets.items()}
         if not weights:
@@ -242,7 +247,8 @@ class _Batches(grain.DatasetIterator):
         filled = [row or OpenRow(self._config.shape) for row in rows]  # at the end of the last epoch lanes run dry one by one
         samples = tuple(tuple(item.name for item in row.items) for row in filled)
         skipped = sum((lane.skipped for lane in self._lanes.values()), Counter())
-        return Rows(make_batch(filled, self._config.shape, self._vision), samples, dict(skipped))
+        batch = make_batch(filled, self._config.shape, self._vision, evicts=self._config.evicts)
+        return Rows(batch, samples, dict(skipped))
 
     def close(self) -> None:
         """Ends all worker processes at once: one after the other they take two seconds each."""

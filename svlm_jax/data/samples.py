@@ -11,7 +11,8 @@
                           together with the head's newline      behind the head
     the last turn         ends with a newline                   ends with <|im_end|>
 
-Words are said in the first turn that ends no sooner than they do. Where the model's clips are stamped (Qwen3-VL), every pair of frames is
+Words are said in the first turn that ends no sooner than they do. With `window`, rows of the `streaming` layout say as well what the
+engine has evicted by the time that each token is run (`data.eviction`). Where the model's clips are stamped (Qwen3-VL), every pair of frames is
 a visual of its own behind its time, as the engine has it; nothing published has that, so that they take the `streaming` layout alone.
 """
 
@@ -27,6 +28,7 @@ import numpy as np
 from svlm_jax.config import VisionConfig
 from svlm_jax.data.annotations import Annotation, UnusableRow
 from svlm_jax.data.batch import IGNORED
+from svlm_jax.data.eviction import Eviction, Round, evictions
 from svlm_jax.errors import UserError
 from svlm_jax.model.rope import clip_extent, clip_offsets
 from svlm_jax.streaming.prompt import PromptLayout, encode_query, encode_stamp, encode_time, encode_words, stamp_times, time_text
@@ -45,6 +47,7 @@ class SampleConfig:
     fps: float = 2.0  # frames a second; a turn shows its whole part, so that it lasts a second where fps is a whole number
     text_sink: int | None = 512
     text_sliding: int | None = 512
+    window: int | None = None  # rounds that a token sees as a stream does (vision and text window); None: all that is before it
 
     def __post_init__(self):
         if self.layout not in ("published", "streaming"):
@@ -57,6 +60,10 @@ class SampleConfig:
             least = 0 if self.layout == "published" else 1
             if self.text_sink < 0 or self.text_sliding < least:
                 raise UserError(f"text_sink must be at least 0 and text_sliding at least {least}, not {self.text_sink} and {self.text_sliding}")
+
+        if self.window is not None and (self.window < 2 or self.layout == "published" or self.text_sink is None):
+            asked = f"layout {self.layout}, text_sink {self.text_sink} and window {self.window}"
+            raise UserError(f"{asked}: a window is of 2 rounds or more, in the layout streaming, with text_sink and text_sliding")
 
     @property
     def frames_per_turn(self) -> int:
@@ -98,6 +105,7 @@ class Sample:
     unit: int
     places: Int[np.ndarray, "C"]  # rows of the vision pads, in the order (grid, row, column)
     grids: tuple[tuple[int, int, int], ...]  # of each turn's clip: temporal grids, rows, columns, in merged patches
+    eviction: Eviction | None = None  # with `window`
 
 
 def make_script(annotation: Annotation, config: SampleConfig) -> Script:
@@ -188,11 +196,12 @@ def lay_out(
     depth = vision.temporal_patch_size
     shown = [turn.frames if config.layout == "published" else config.frames_per_turn for turn in turns]  # the engine's clips are all of a size
     grids = tuple((-(-frames // depth), *size) for frames in shown)
+    eviction = None
     if config.layout == "published":
         labels = _published(row, annotation, turns, grids, config, tokenizer, layout)
     else:
-        labels = _streaming(row, annotation, turns, grids, config, tokenizer, layout, stamped=vision.stamped)
-    return Sample(np.asarray(row.tokens, np.int32), labels, row.positions(), row.unit, np.asarray(row.places, np.int32), grids)
+        labels, eviction = _streaming(row, annotation, turns, grids, config, tokenizer, layout, stamped=vision.stamped)
+    return Sample(np.asarray(row.tokens, np.int32), labels, row.positions(), row.unit, np.asarray(row.places, np.int32), grids, eviction)
 
 
 def _published(row: _Row, annotation, turns, grids, config: SampleConfig, tokenizer: Tokenizer, p: PromptLayout) -> np.ndarray:
@@ -220,14 +229,17 @@ def _published(row: _Row, annotation, turns, grids, config: SampleConfig, tokeni
 
 def _streaming(
     row: _Row, annotation, turns, grids, config: SampleConfig, tokenizer: Tokenizer, p: PromptLayout, *, stamped: bool
-) -> np.ndarray:
-    """Fills the row; gives its labels."""
-    words = cut_words(encode_words(tokenizer, annotation.previous), config.text_sink, config.text_sliding)
+) -> tuple[np.ndarray, Eviction | None]:
+    """Fills the row; gives its labels, and what is evicted."""
+    turn_ids = [tokenizer.encode_plain((turn.answer + "\n" if turn.answer else "") + turn.words + " ...") for turn in turns]
+    joining = 0 if config.window is None else sum(len(ids) - 1 for ids in turn_ids[: max(0, len(turns) - config.window)])
+    # What would leave the previous text while the row lasts is not there from its beginning
+    sliding = config.text_sliding and max(1, config.text_sliding - joining)
+    words = cut_words(encode_words(tokenizer, annotation.previous), config.text_sink, sliding)
     row.text(p.system, p.previous_text_head, words, p.block_close)
-    said: list[slice] = []
-    for index, (turn, grid) in enumerate(zip(turns, grids, strict=True)):
-        if index:
-            row.text([p.newline])
+    header, rounds, said = len(row.tokens), [], []
+    for index, (turn, grid, ids) in enumerate(zip(turns, grids, turn_ids, strict=True)):
+        start = len(row.tokens)
         row.text(p.user_head, encode_time(tokenizer, turn.start, turn.end), encode_query(tokenizer, turn.question))
         if stamped:
             for seconds in stamp_times(turn.start, config.frames_per_turn, config.fps):
@@ -237,13 +249,19 @@ def _streaming(
             row.visual(grid, p)
         row.text(() if index else encode_query(tokenizer, annotation.query), p.block_close, p.assistant_head)
         begin = len(row.tokens)
-        row.text(tokenizer.encode_plain((turn.answer + "\n" if turn.answer else "") + turn.words + " ..."), [p.im_end])
+        row.text(ids, [p.im_end])
         said.append(slice(begin, len(row.tokens)))
+        if index < len(turns) - 1:
+            row.text([p.newline])
+        rounds.append(Round(start, len(row.tokens), range(begin, begin + len(ids) - 1)))
     tokens = np.asarray(row.tokens, np.int32)
     labels = np.full(len(tokens), IGNORED, np.int32)
     for part in said:
         labels[part] = tokens[part]
-    return labels
+    if config.window is None or config.text_sink is None or config.text_sliding is None:
+        return labels, None
+    room = config.text_sink + config.text_sliding - 1 - len(words)
+    return labels, evictions(config.window, header, rounds, row.positions(), row.unit, room)
 
 
 def cut_words(words: Sequence[int], sink: int | None, sliding: int | None) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from svlm_jax.bench.floors import layer_parameters
 from svlm_jax.data.batch import IGNORED, Batch
+from svlm_jax.data.eviction import Eviction
 from svlm_jax.training.flops import Operations, operations
 from svlm_jax.training.step import Trainer
 
@@ -27,8 +28,11 @@ class Work:
     moved: float  # bytes that its memory reads and writes
 
 
-def full_batch(shapes: Batch) -> Batch:
-    """A batch whose rows are full: one sample in each row, one grid in each bin. Patches are left out."""
+def full_batch(shapes: Batch, reach: int) -> Batch:
+    """A batch whose rows are full: one sample in each row, one grid in each bin. Patches are left out.
+
+    Where samples have a window, it goes back as far as attention reaches, and every token sees all places of previous text.
+    """
     rows, tokens = shapes.tokens.shape
     labels = np.full((rows, tokens), IGNORED, np.int32)
     labels[:, ::LABELS] = 0
@@ -39,14 +43,22 @@ def full_batch(shapes: Batch) -> Batch:
         segments=ones((rows, tokens), np.int32),
         patch_valid=ones(shapes.patch_valid.shape, np.bool_),
         grids=ones(shapes.grids.shape, np.int32),
+        eviction=None if shapes.eviction is None else _seen(shapes.eviction, reach),
     )
+
+
+def _seen(shapes: Eviction, reach: int) -> Eviction:
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    start = np.maximum(np.arange(shapes.start.shape[1]) - reach, 0)
+    return dataclasses.replace(zeros, start=np.broadcast_to(start, shapes.start.shape), stop=zeros.stop + 1)
 
 
 def work(trainer: Trainer, shapes: Batch) -> Work:
     """Of a step with full rows."""
     trained = set(trainer.abstract_state().trained)
     rows, chips = shapes.tokens.shape[0], trainer.recipe.placement.mesh.size
-    one = operations(trainer.model, full_batch(jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), shapes)), trained)
+    row = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), shapes)
+    one = operations(trainer.model, full_batch(row, trainer.recipe.attention.reach), trained)
     whole = Operations(*(rows * part for part in dataclasses.astuple(one)))
     weights = any(path.startswith("text.layers.") and ".lora_" not in path for path in trained)
     products, attention = AGAIN[trainer.recipe.remat]

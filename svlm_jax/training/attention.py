@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from svlm_jax.config import ModelConfig
+from svlm_jax.data.eviction import Eviction
 from svlm_jax.errors import UserError
 from svlm_jax.model.packed_vision import plain_bin_attention, plain_window_attention
 from svlm_jax.model.qwen_vl import causal_attention
 from svlm_jax.training.placement import ROWS
 from svlm_jax.training.remat import RESIDUALS
+from svlm_jax.training.streamed_attention import Streamed, plain_blocks, streamed_attention
 from svlm_jax.types import Array, Int
 
 ORDER = ("splash", "cudnn", "xla")  # of "auto"
@@ -38,6 +40,8 @@ class Attention:
     decoder: Attend  # causal
     vision: Attend  # among the patches of a bin, both ways
     windows: Attend  # among the patches of a window, both ways; padding is segment 0
+    streamed: Callable[[Streamed, Eviction], Array]  # of the decoder, where samples have a window
+    reach: int  # tokens that this window goes back at most
     rejected: tuple[str, ...] = ()
 
 
@@ -51,6 +55,7 @@ class Job:
     row_tokens: int
     max_segments: int
     dtype: Any
+    reach: int = 0  # tokens that a window of samples goes back at most
 
 
 def choose(name: str, job: Job) -> Attention:
@@ -161,7 +166,8 @@ def _splash(job: Job) -> Attention:
             shard, mesh=job.mesh, in_specs=(spec, spec, spec, PartitionSpec(bins)), out_specs=spec, check_vma=False
         )(q, k, v, segments)
 
-    return Attention("splash", decoder, vision, plain_window_attention)  # its blocks are larger than windows
+    # The vision tower's windows are smaller than its blocks, and its masks are made before rows are known
+    return Attention("splash", decoder, vision, plain_window_attention, _plain_streamed(job), job.reach)
 
 
 # cuDNN
@@ -228,11 +234,27 @@ def _cudnn(job: Job) -> Attention:
         mask = segments[:, None, :, None] == segments[:, None, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
-    return Attention("cudnn", decoder, vision, vision)
+    def blocks(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+
+    def streamed(x: Streamed, facts: Eviction) -> Array:
+        rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
+        run = functools.partial(streamed_attention, reach=job.reach, blocks=blocks)
+        return jax.shard_map(run, mesh=job.mesh, in_specs=(heads, rows), out_specs=heads, check_vma=False)(x, facts)
+
+    double = 2 * job.model.text.head_dim <= 128  # type: ignore[operator]  (its heads are twice as wide)
+    return Attention("cudnn", decoder, vision, vision, streamed if double else _plain_streamed(job), job.reach)
+
+
+def _plain_streamed(job: Job) -> Callable[[Streamed, Eviction], Array]:
+    return functools.partial(streamed_attention, reach=job.reach, blocks=plain_blocks)
 
 
 def _xla(job: Job) -> Attention:
-    return Attention("xla", lambda q, k, v, segments: causal_attention(q, k, v, segments), plain_bin_attention, plain_window_attention)
+    def decoder(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        return causal_attention(q, k, v, segments)
+
+    return Attention("xla", decoder, plain_bin_attention, plain_window_attention, _plain_streamed(job), job.reach)
 
 
 REASONS: dict[str, Callable[[Job], str | None]] = {"splash": _why_not_splash, "cudnn": _why_not_cudnn, "xla": lambda job: None}

@@ -11,7 +11,8 @@ import numpy as np
 
 from svlm_jax.config import ModelConfig, VisionConfig
 from svlm_jax.data.batch import IGNORED, PADDING, Batch
-from svlm_jax.types import Float, Int
+from svlm_jax.data.eviction import Eviction
+from svlm_jax.types import Bool, Float, Int
 
 PEAKS = {  # dense bfloat16 operations a second of one device, from its maker's data sheet
     "H100": 989e12,
@@ -52,7 +53,7 @@ def operations(model: ModelConfig, batch: Batch, trained: set[str]) -> Operation
     head_weights = any(path in ("text.head", "text.embedding") for path in trained)
     segments, tokens = np.asarray(batch.segments), int((np.asarray(batch.segments) != PADDING).sum())
     lengths = _sizes(segments)
-    pairs = float((lengths * (lengths + 1) / 2).sum())
+    pairs = float((lengths * (lengths + 1) / 2).sum()) if batch.eviction is None else _seen(batch.eviction, segments != PADDING)
     width, heads = t.hidden_size, t.num_attention_heads * (t.head_dim or 0)
     layer = width * (2 * heads + 2 * t.num_key_value_heads * (t.head_dim or 0) + 3 * t.intermediate_size)
     labels = int((np.asarray(batch.labels) != IGNORED).sum())
@@ -75,6 +76,17 @@ def _vision(c: VisionConfig, batch: Batch) -> float:
     wide = sum(map(c.sees_all, range(c.depth)))
     attention = 4 * c.hidden_size * (wide * full + (c.depth - wide) * float((in_window**2).sum()))
     return 2 * patches * (c.depth * products + c.patch_features * c.hidden_size + mergers) + attention
+
+
+def _seen(facts: Eviction, there: Bool[np.ndarray, "B T"]) -> float:
+    """Pairs of a token and one that it sees, in its window or as previous text."""
+    place = np.arange(there.shape[1])
+    window = ((place - np.asarray(facts.start) + 1) * there).sum()
+    words = 0
+    for round, source, first, stop in zip(*map(np.asarray, (facts.round, facts.source, facts.first, facts.stop)), strict=True):
+        from_, to = np.searchsorted(round, first), np.searchsorted(round, stop)  # rounds are in order, padding behind them
+        words += np.maximum(to - np.maximum(from_, source), 0).sum()
+    return float(window + words)
 
 
 def _sizes(groups: Int[np.ndarray, "n m"], weights: Float[np.ndarray, "n m"] | None = None) -> Float[np.ndarray, "n groups"]:

@@ -20,6 +20,7 @@ from svlm_jax.training.embedding import deepened, embedded
 from svlm_jax.training.lora import Adapters
 from svlm_jax.training.placement import Placement
 from svlm_jax.training.remat import rematerialised
+from svlm_jax.training.streamed_attention import Streamed
 from svlm_jax.types import Array, Float, Params
 
 
@@ -92,11 +93,24 @@ def _decode(
     adapters: Adapters,
 ) -> Array:
     c, place = model.text.config, recipe.placement
-    cos, sin = mrope_rotation(batch.positions, axes=c.mrope_axes, theta=c.rope_theta, denominator=recipe.unit)
-    rotation = Rotation(*(place.rows(a)[:, :, None] for a in (cos, sin)))
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        return recipe.attention.decoder(rotate(q, rotation), rotate(k, rotation), v, batch.segments)
+    def rotation_at(positions: Array) -> Rotation:
+        cos, sin = mrope_rotation(positions, axes=c.mrope_axes, theta=c.rope_theta, denominator=recipe.unit)
+        return Rotation(*(place.rows(a)[:, :, None] for a in (cos, sin)))
+
+    rotation, facts = rotation_at(batch.positions), batch.eviction
+    if facts is None:
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return recipe.attention.decoder(rotate(q, rotation), rotate(k, rotation), v, batch.segments)
+    else:
+        in_stream = rotation_at(batch.positions - facts.shift[..., None])
+        as_words = rotation_at(jnp.repeat(facts.coordinate[..., None], 3, -1))
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            words = jnp.take_along_axis(k, facts.source[..., None, None], axis=1)
+            there = Streamed(rotate(q, rotation), rotate(q, in_stream), rotate(k, rotation), rotate(words, as_words), v)
+            return recipe.attention.streamed(there, facts)
 
     graphdef, state = nnx.split(model.text.layers)
     layers: Any = nnx.to_pure_dict(state)

@@ -65,11 +65,10 @@ class Placement:
     def batch(self, batch: Batch) -> Batch:
         """The shardings of a batch, as a Batch of them: tokens, and bins of patches, are cut by sequence where they divide."""
 
-        def place(field: dataclasses.Field) -> NamedSharding:
-            size = getattr(batch, field.name).shape[1]
-            return self.sharding(ROWS, "sequence" if size % self.mesh.shape["sequence"] == 0 else None)
+        def place(array: Array) -> NamedSharding:
+            return self.sharding(ROWS, "sequence" if array.shape[1] % self.mesh.shape["sequence"] == 0 else None)
 
-        return Batch(**{field.name: place(field) for field in dataclasses.fields(Batch)})  # type: ignore[arg-type]
+        return jax.tree.map(place, batch)
 
     def weight(self, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
         """Where a weight of these logical axes is kept."""

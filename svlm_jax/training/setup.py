@@ -17,7 +17,8 @@ from svlm_jax.training.step import Trainer
 
 def make_trainer(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, platform: str) -> Trainer:
     """The trainer of a run on this mesh, of devices of `platform` ("cpu", "gpu" or "tpu")."""
-    job = Job(model, mesh, platform, config.data.shape.tokens, config.data.shape.samples, config.step.dtype)
+    shape = config.data.shape
+    job = Job(model, mesh, platform, shape.tokens, shape.samples, config.step.dtype, shape.reach)
     unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
     recipe = Recipe(choose(config.attention, job), Placement(mesh), unit, config.remat, config.vision_remat)
     return Trainer(model, config.step, recipe, config.steps)
@@ -25,5 +26,5 @@ def make_trainer(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMes
 
 def batch_shapes(data: DataConfig, model: ModelConfig) -> Batch:
     """The shapes of a whole batch, over all hosts: those of `packing.make_batch`."""
-    empty = make_batch([], data.shape, model.vision)
+    empty = make_batch([], data.shape, model.vision, evicts=data.evicts)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((data.rows, *a.shape[1:]), a.dtype), empty)
