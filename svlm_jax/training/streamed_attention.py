@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from svlm_jax.data.eviction import Eviction
 from svlm_jax.types import Array, Bool, Float
 
-BLOCK = 1024  # queries
+BLOCK = 512  # queries
 TILE = 64  # lengths of keys are a multiple of this
 
 Blocks = Callable[[Array, Array, Array, Array, float], Array]  # queries [b, Q, N, H], keys and values [b, S, K, H], mask [b, 1, Q, S], scale
