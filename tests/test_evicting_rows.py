@@ -169,7 +169,9 @@ def test_operations_are_of_what_is_seen():
     words = facts.first[:, None] <= facts.round[..., None]
     words &= (facts.round[..., None] < facts.stop[:, None]) & (facts.source[:, None] <= place[:, None])
     t = config.text
-    assert operations(config, batch, set()).attention == 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers * 3 * (window.sum() + words.sum())
+    assert t.head_dim
+    pairs = window.sum() + words.sum()
+    assert operations(config, batch, set()).attention == 4 * t.num_attention_heads * t.head_dim * t.num_hidden_layers * 3 * pairs
 
 
 @pytest.mark.parametrize(
