@@ -1,4 +1,4 @@
-"""The model of the simulated match: matches in chunks of 24 and of 96 s that share half, with previous text, silence and questions.
+"""The model of the simulated match: matches in chunks of 24 and of 144 s that share half, with previous text, silence and questions.
 
 In a stream, words that left the window keep the keys and values that they had among pictures, and these pictures are gone: neither chunks
 that see all that is before, nor their previous text, which is read without any, have such words. So what leaves a stream's cache
@@ -23,7 +23,7 @@ from svlm_jax.training.step import StepConfig
 
 FOLDER = "data"
 SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448, window=16)
-SHARES = {"placed": 0.3, "asked": 0.18, "long": 0.12, "goals": 0.12, "chunks": 0.14, "openings": 0.14}  # of samples; long ones are 3.6 times as long
+SHARES = {"placed": 0.26, "asked": 0.14, "long": 0.18, "goals": 0.18, "chunks": 0.12, "openings": 0.12}  # of samples; long ones are 5 times as long
 
 
 def config() -> RunConfig:
@@ -31,10 +31,10 @@ def config() -> RunConfig:
         out="run",
         data=DataConfig(
             {name: DatasetConfig(f"{FOLDER}/{name}.jsonl", FOLDER, weight=share) for name, share in SHARES.items()},
-            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, max_seconds=96.0, cache_bytes=0),
-            RowShape(tokens=16_384, bins=120, windows=6, samples=5, memory=2304, reach=2816),  # 96 s and 24 s, a bin a second; or four times 24 s
-            rows=12,
-            lanes=12,
+            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, max_seconds=144.0, cache_bytes=0),
+            RowShape(tokens=24_576, bins=168, windows=6, samples=6, memory=640, reach=2816),  # 144 s and 24 s, a bin a second; or six times 24 s
+            rows=8,
+            lanes=8,
             open_rows=3,
         ),
         steps=3_000,

@@ -11,7 +11,7 @@ from svlm_jax.configs import sft_match
 from svlm_jax.data.pipeline import DatasetConfig
 from svlm_jax.training.config import RunConfig
 
-SHARES = {"dense": 0.24, "long": 0.2, "goals": 0.16, "asked": 0.14, "placed": 0.13, "openings": 0.13}
+SHARES = {"dense": 0.16, "long": 0.22, "goals": 0.26, "asked": 0.12, "placed": 0.12, "openings": 0.12}
 
 
 def config() -> RunConfig:

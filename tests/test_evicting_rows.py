@@ -10,6 +10,7 @@ import small
 from forced import forced_engine, turns_of
 
 from svlm_jax.config import StreamConfig
+from svlm_jax.data import eviction
 from svlm_jax.data.annotations import Annotation, Question, UnusableRow, Word
 from svlm_jax.data.packing import Loaded, OpenRow, RowShape, check_fits, make_batch
 from svlm_jax.data.patches import window_patches
@@ -18,7 +19,6 @@ from svlm_jax.errors import UserError
 from svlm_jax.sharding import make_mesh
 from svlm_jax.streaming.prompt import PromptLayout
 from svlm_jax.streaming.visible import visible
-from svlm_jax.training import streamed_attention
 from svlm_jax.training.attention import Job, choose
 from svlm_jax.training.flops import operations
 from svlm_jax.training.forward import Recipe, hidden_states
@@ -26,7 +26,7 @@ from svlm_jax.training.placement import Placement
 
 ROUNDS, WINDOW = 9, 3
 WATCHED = range(0, 256, 5)
-SHAPE = RowShape(tokens=900, bins=24, windows=4, samples=4, memory=160, reach=128)
+SHAPE = RowShape(tokens=1300, bins=24, windows=4, samples=4, memory=160, reach=128)
 SAMPLE = SampleConfig("streaming", text_sink=6, text_sliding=40, window=WINDOW)
 
 
@@ -106,7 +106,7 @@ def logits_of(items: list[Loaded], family: str, reach: int = SHAPE.reach) -> np.
     shape = dataclasses.replace(SHAPE, reach=reach)
     batch = make_batch([row_of(items, shape)], shape, config.vision, evicts=True)
     mesh = make_mesh()
-    attention = choose("xla", Job(config, mesh, "cpu", shape.tokens, shape.samples, jnp.float32, shape.reach))
+    attention = choose("xla", Job(config, mesh, "cpu", shape.tokens, shape.samples, jnp.float32, shape.reach, shape.memory))
     recipe = Recipe(attention, Placement(mesh), items[0].sample.unit, "nothing", "nothing")
     stacked = {**params, "text": {**params["text"], "layers": stack(params["text"]["layers"])}}
 
@@ -133,14 +133,14 @@ def row_of(items: list[Loaded], shape: RowShape = SHAPE) -> OpenRow:
 @pytest.mark.parametrize("family", small.FAMILIES)
 def test_a_row_is_a_stream(family, monkeypatch):
     """Two samples in one row; blocks so small that a window spans several of them."""
-    monkeypatch.setattr(streamed_attention, "BLOCK", 64)
+    monkeypatch.setattr(eviction, "BLOCK", 64)
     items = [loaded(annotation, family) for annotation in CLIPS]
-    found, begin = logits_of(items, family), 0
-    for item, annotation in zip(items, CLIPS, strict=True):
+    found, begins = logits_of(items, family), row_of(items).begins
+    assert begins[1] % 64 == 0 and begins[1] != len(items[0].sample.tokens)
+    for item, annotation, begin in zip(items, CLIPS, begins, strict=True):
         expected = np.concatenate(streamed(monkeypatch, item, annotation, family))
         asked = np.flatnonzero(item.sample.labels >= 0)
         np.testing.assert_allclose(found[begin + asked - 1][:, np.asarray(WATCHED)], expected, atol=5e-5, rtol=0)
-        begin += len(item.sample.tokens)
     assert np.isfinite(found).all()  # of padding too
 
 
@@ -177,7 +177,7 @@ def test_operations_are_of_what_is_seen():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"memory": 20}, "places of previous text, and a row has 20"),
+        ({"memory": 20}, "places of previous text, and a sample has 20"),
         ({"reach": 20}, "attention reaches back 20"),
     ],
 )

@@ -24,7 +24,7 @@ class Batch:
     tokens: Int[jax.Array, "B T"]
     labels: Int[jax.Array, "B T"]  # each token's own id where it is to be predicted (from the tokens before it), else IGNORED
     positions: Int[jax.Array, "B T 3"]  # (time, row, column) in units of 1/unit, from 0 in every segment
-    segments: Int[jax.Array, "B T"]  # 1, 2, ... in order: tokens see their own segment only; PADDING behind the last
+    segments: Int[jax.Array, "B T"]  # 1, 2, ... in order: tokens see their own segment only; PADDING behind the last, and between those that evict
     patches: UInt8[jax.Array, "B G W p features"]  # raw pixels (frame, y, x, colour) of one patch: in the order of frames, which is fast to copy
     patch_coordinates: Int[jax.Array, "B G W p 2"]  # (row, column) of a patch in its grid
     patch_valid: Bool[jax.Array, "B G W p"]  # false at the right and bottom edges of grids, and in windows that are none

@@ -17,6 +17,7 @@ import numpy as np
 from svlm_jax.data.annotations import UnusableRow
 from svlm_jax.types import Array, Int
 
+BLOCK = 512  # queries that attention takes at a time (`training.streamed_attention`), all of one sample
 NEVER = np.iinfo(np.int32).max // 2  # the round of padding: no previous text is there for it
 
 
@@ -29,7 +30,7 @@ class Eviction:
     start: Int[Array, "*B T"]  # place in the row of the first token of a round that it sees, up to itself; behind itself: it sees none
     round: Int[Array, "*B T"]  # in which it is run
     shift: Int[Array, "*B T"]  # coordinates that the rounds have moved left by then
-    # Of each of M places of previous text
+    # Of each of M places of previous text; in a row, so many of each sample
     source: Int[Array, "*B M"]  # the token that stands there; it is not seen by tokens before it
     coordinate: Int[Array, "*B M"]  # where that is in the stream
     first: Int[Array, "*B M"]  # rounds in which it stands there: from this one

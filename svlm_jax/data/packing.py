@@ -1,7 +1,8 @@
 """Several samples in one row, told apart by segment ids, at one fixed shape (`data.batch`).
 
 Packing is online and first-fit: a sample goes into the first of a few open rows that has room for its tokens and its grids;
-where none has, the oldest row is closed. Nothing is cut in two and nothing is reordered within a row.
+where none has, the oldest row is closed. Nothing is cut in two and nothing is reordered within a row. A sample with a window begins at a block
+of queries (`data.eviction`), so that each block has the previous text of one sample alone.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from svlm_jax.config import VisionConfig
+from svlm_jax.data import eviction
 from svlm_jax.data.annotations import UnusableRow
 from svlm_jax.data.batch import IGNORED, PADDING, Batch
 from svlm_jax.data.eviction import NEVER, Eviction
@@ -34,7 +36,7 @@ class RowShape:
     bins: int = 28  # G; full attention of the vision tower is over one bin at a time
     windows: int = 45  # W of a bin: 45 are one grid of 720p video (560 x 1008 pixels)
     samples: int = 16  # at most: kernels of attention are compiled for a number of segments
-    memory: int = 4096  # M: previous text of all samples, where they have a window
+    memory: int = 2048  # places of a sample's previous text, where it has a window
     reach: int = 16_384  # tokens that a window goes back at most, where samples have one
 
     def __post_init__(self):
@@ -78,8 +80,8 @@ class OpenRow:
 
     shape: RowShape
     items: list[Loaded] = dataclasses.field(default_factory=list)
-    tokens: int = 0
-    memory: int = 0
+    begins: list[int] = dataclasses.field(default_factory=list)  # of each item: its first token's place
+    tokens: int = 0  # up to the last item's end
     free: list[int] = dataclasses.field(default_factory=list)
     bins: list[list[int]] = dataclasses.field(default_factory=list)  # of each item: the bin of each of its grids
 
@@ -88,10 +90,8 @@ class OpenRow:
 
     def add(self, item: Loaded) -> bool:
         """Whether the sample fits; it is in the row then."""
-        if len(self.items) == self.shape.samples or self.tokens + len(item.sample.tokens) > self.shape.tokens:
-            return False
-        memory = self.memory + _memory(item)
-        if memory > self.shape.memory:
+        begin = self.tokens if item.sample.eviction is None else -(-self.tokens // eviction.BLOCK) * eviction.BLOCK
+        if len(self.items) == self.shape.samples or begin + len(item.sample.tokens) > self.shape.tokens:
             return False
         free, bins, at = list(self.free), [], 0
         for _ in range(len(item.patches)):
@@ -101,15 +101,11 @@ class OpenRow:
                 return False
             free[at] -= item.windows
             bins.append(at)
-        self.free, self.tokens, self.memory = free, self.tokens + len(item.sample.tokens), memory
+        self.free, self.tokens = free, begin + len(item.sample.tokens)
         self.items.append(item)
+        self.begins.append(begin)
         self.bins.append(bins)
         return True
-
-
-def _memory(item: Loaded) -> int:
-    """Places of previous text."""
-    return 0 if item.sample.eviction is None else len(item.sample.eviction.source)
 
 
 def check_fits(item: Loaded, shape: RowShape) -> None:
@@ -117,10 +113,11 @@ def check_fits(item: Loaded, shape: RowShape) -> None:
     length = len(item.sample.tokens)
     if length > shape.tokens:
         raise UnusableRow("longer than a row", f"{length} tokens, and a row has {shape.tokens}")
-    if _memory(item) > shape.memory:
-        raise UnusableRow("more previous text than a row", f"{_memory(item)} places of previous text, and a row has {shape.memory}")
-    if item.sample.eviction is not None and (reach := int((np.arange(length) - item.sample.eviction.start).max())) > shape.reach:
-        raise UnusableRow("a window too long", f"a window of {reach} tokens, and attention reaches back {shape.reach}")
+    if (facts := item.sample.eviction) is not None:
+        if len(facts.source) > shape.memory:
+            raise UnusableRow("too much previous text", f"{len(facts.source)} places of previous text, and a sample has {shape.memory}")
+        if (reach := int((np.arange(length) - facts.start).max())) > shape.reach:
+            raise UnusableRow("a window too long", f"a window of {reach} tokens, and attention reaches back {shape.reach}")
     if item.windows > shape.windows:
         raise UnusableRow("frames larger than a bin", f"{item.windows} windows a grid, and a bin has {shape.windows}")
     if len(item.patches) > shape.bins * (shape.windows // item.windows):
@@ -165,8 +162,8 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig, *
 
     def fill(index: int) -> None:
         row = rows[index]
-        begin, used, count = 0, [0] * g, [0] * g
-        for segment, (item, bins) in enumerate(zip(row.items, row.bins, strict=True), start=1):
+        used, count = [0] * g, [0] * g
+        for segment, (item, begin, bins) in enumerate(zip(row.items, row.begins, row.bins, strict=True), start=1):
             sample, order = item.sample, grid_order(vision, *item.frame_hw)
             part = slice(begin, begin + len(sample.tokens))
             tokens[index, part], labels[index, part] = sample.tokens, sample.labels
@@ -182,7 +179,6 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig, *
             coordinates[index, targets, windows], valid[index, targets, windows] = order.coordinates, order.valid
             places[index, targets, windows] = np.where(order.tokens >= 0, pads[:, order.tokens], t)
             item.unpack([patches[index, target, first : first + item.windows] for target, first in zip(bins, firsts, strict=True)])
-            begin += len(sample.tokens)
         for target, end in enumerate(used):
             patches[index, target, end:] = 0
 
@@ -195,19 +191,19 @@ def make_batch(rows: Sequence[OpenRow], shape: RowShape, vision: VisionConfig, *
 
 def make_eviction(rows: Sequence[OpenRow], shape: RowShape) -> Eviction:
     """The facts of some rows. Padding sees itself alone, and what stands nowhere is seen by no token."""
-    b, t, m = len(rows), shape.tokens, shape.memory
+    b, t, m = len(rows), shape.tokens, shape.memory * shape.samples
     start = np.tile(np.arange(t, dtype=np.int32), (b, 1))
     round, shift = np.full((b, t), NEVER, np.int32), np.zeros((b, t), np.int32)
     source, coordinate, first, stop = (np.zeros((b, m), np.int32) for _ in range(4))
     for index, row in enumerate(rows):
-        begin = place = rounds = 0
-        for item in row.items:
-            facts = item.sample.eviction
+        rounds = 0
+        for number, (item, begin) in enumerate(zip(row.items, row.begins, strict=True)):
+            facts, place = item.sample.eviction, number * shape.memory
             assert facts is not None
             part, places = slice(begin, begin + len(facts.start)), slice(place, place + len(facts.source))
             start[index, part], round[index, part], shift[index, part] = facts.start + begin, facts.round + rounds, facts.shift
             source[index, places], coordinate[index, places] = facts.source + begin, facts.coordinate
             first[index, places], stop[index, places] = facts.first + rounds, facts.stop + rounds
-            begin, place, rounds = part.stop, places.stop, rounds + len(item.sample.grids)
+            rounds += len(item.sample.grids)
     arrays: Any = (start, round, shift, source, coordinate, first, stop)
     return Eviction(*arrays)

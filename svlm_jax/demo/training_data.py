@@ -3,7 +3,7 @@
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --drills 32 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question nearly every second; `long.jsonl` has chunks of 96 seconds, `goals.jsonl` more of them, each with a goal. Each of
+whole matches with a question nearly every second; `long.jsonl` has chunks of 144 seconds, `goals.jsonl` more of them, each with a goal. Each of
 these chunks has a past of its own (`demo.history`). `openings.jsonl` has the first 48 seconds of further matches. Of drills (`demo.drill`), which
 a model learns to see by, `placed.jsonl` asks after all players' places, `glances.jsonl` the same in chunks of 4 seconds. Seeds below 1000
 are for evaluation and are refused here.
@@ -52,8 +52,8 @@ class DataSet:
 SETS = {
     "chunks": DataSet("match", 20.0),
     "asked": DataSet("match", 1.25, ("ball", "ball", "score", "scorer")),
-    "long": DataSet("match", 12.0, window=96),  # words outlive their pictures by far
-    "goals": DataSet("match", 12.0, ("score", "scorer"), window=96),
+    "long": DataSet("match", 30.0, window=144),  # words outlive their pictures by far, and questions are as seldom as in use
+    "goals": DataSet("match", 16.0, ("score", "scorer"), window=144),
     "openings": DataSet("opening", 6.0),
     "placed": DataSet("drill", 1.2, SIGHTS, memory=(0, 48)),
     "glances": DataSet("drill", 1.0, SIGHTS, window=4, overlaps=False, memory=(0, 0)),

@@ -28,10 +28,10 @@ class Work:
     moved: float  # bytes that its memory reads and writes
 
 
-def full_batch(shapes: Batch, reach: int) -> Batch:
+def full_batch(shapes: Batch, reach: int, memory: int) -> Batch:
     """A batch whose rows are full: one sample in each row, one grid in each bin. Patches are left out.
 
-    Where samples have a window, it goes back as far as attention reaches, and every token sees all places of previous text.
+    Where samples have a window, it goes back as far as attention reaches, and every token sees all places of a sample's previous text.
     """
     rows, tokens = shapes.tokens.shape
     labels = np.full((rows, tokens), IGNORED, np.int32)
@@ -43,14 +43,15 @@ def full_batch(shapes: Batch, reach: int) -> Batch:
         segments=ones((rows, tokens), np.int32),
         patch_valid=ones(shapes.patch_valid.shape, np.bool_),
         grids=ones(shapes.grids.shape, np.int32),
-        eviction=None if shapes.eviction is None else _seen(shapes.eviction, reach),
+        eviction=None if shapes.eviction is None else _seen(shapes.eviction, reach, memory),
     )
 
 
-def _seen(shapes: Eviction, reach: int) -> Eviction:
+def _seen(shapes: Eviction, reach: int, memory: int) -> Eviction:
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
     start = np.maximum(np.arange(shapes.start.shape[1]) - reach, 0)
-    return dataclasses.replace(zeros, start=np.broadcast_to(start, shapes.start.shape), stop=zeros.stop + 1)
+    stop = (np.arange(shapes.stop.shape[1]) < memory).astype(np.int32)
+    return dataclasses.replace(zeros, start=np.broadcast_to(start, shapes.start.shape), stop=np.broadcast_to(stop, shapes.stop.shape))
 
 
 def work(trainer: Trainer, shapes: Batch) -> Work:
@@ -58,7 +59,7 @@ def work(trainer: Trainer, shapes: Batch) -> Work:
     trained = set(trainer.abstract_state().trained)
     rows, chips = shapes.tokens.shape[0], trainer.recipe.placement.mesh.size
     row = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), shapes)
-    one = operations(trainer.model, full_batch(row, trainer.recipe.attention.reach), trained)
+    one = operations(trainer.model, full_batch(row, trainer.recipe.attention.reach, trainer.recipe.attention.memory), trained)
     whole = Operations(*(rows * part for part in dataclasses.astuple(one)))
     weights = any(path.startswith("text.layers.") and ".lora_" not in path for path in trained)
     products, attention = AGAIN[trainer.recipe.remat]

@@ -42,6 +42,7 @@ class Attention:
     windows: Attend  # among the patches of a window, both ways; padding is segment 0
     streamed: Callable[[Streamed, Eviction], Array]  # of the decoder, where samples have a window
     reach: int  # tokens that this window goes back at most
+    memory: int  # places of a sample's previous text
     rejected: tuple[str, ...] = ()
 
 
@@ -56,6 +57,7 @@ class Job:
     max_segments: int
     dtype: Any
     reach: int = 0  # tokens that a window of samples goes back at most
+    memory: int = 0  # places of a sample's previous text
 
 
 def choose(name: str, job: Job) -> Attention:
@@ -167,7 +169,7 @@ def _splash(job: Job) -> Attention:
         )(q, k, v, segments)
 
     # The vision tower's windows are smaller than its blocks, and its masks are made before rows are known
-    return Attention("splash", decoder, vision, plain_window_attention, _plain_streamed(job), job.reach)
+    return Attention("splash", decoder, vision, plain_window_attention, _plain_streamed(job), job.reach, job.memory)
 
 
 # cuDNN
@@ -239,22 +241,22 @@ def _cudnn(job: Job) -> Attention:
 
     def streamed(x: Streamed, facts: Eviction) -> Array:
         rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, None, "tensor")
-        run = functools.partial(streamed_attention, reach=job.reach, blocks=blocks)
+        run = functools.partial(streamed_attention, reach=job.reach, memory=job.memory, blocks=blocks)
         return jax.shard_map(run, mesh=job.mesh, in_specs=(heads, rows), out_specs=heads, check_vma=False)(x, facts)
 
     double = 2 * job.model.text.head_dim <= 128  # type: ignore[operator]  (its heads are twice as wide)
-    return Attention("cudnn", decoder, vision, vision, streamed if double else _plain_streamed(job), job.reach)
+    return Attention("cudnn", decoder, vision, vision, streamed if double else _plain_streamed(job), job.reach, job.memory)
 
 
 def _plain_streamed(job: Job) -> Callable[[Streamed, Eviction], Array]:
-    return functools.partial(streamed_attention, reach=job.reach, blocks=plain_blocks)
+    return functools.partial(streamed_attention, reach=job.reach, memory=job.memory, blocks=plain_blocks)
 
 
 def _xla(job: Job) -> Attention:
     def decoder(q: Array, k: Array, v: Array, segments: Array) -> Array:
         return causal_attention(q, k, v, segments)
 
-    return Attention("xla", decoder, plain_bin_attention, plain_window_attention, _plain_streamed(job), job.reach)
+    return Attention("xla", decoder, plain_bin_attention, plain_window_attention, _plain_streamed(job), job.reach, job.memory)
 
 
 REASONS: dict[str, Callable[[Job], str | None]] = {"splash": _why_not_splash, "cudnn": _why_not_cudnn, "xla": lambda job: None}

@@ -83,9 +83,10 @@ def _seen(facts: Eviction, there: Bool[np.ndarray, "B T"]) -> float:
     place = np.arange(there.shape[1])
     window = ((place - np.asarray(facts.start) + 1) * there).sum()
     words = 0
-    for round, source, first, stop in zip(*map(np.asarray, (facts.round, facts.source, facts.first, facts.stop)), strict=True):
-        from_, to = np.searchsorted(round, first), np.searchsorted(round, stop)  # rounds are in order, padding behind them
-        words += np.maximum(to - np.maximum(from_, source), 0).sum()
+    for real, round, *places in zip(there, *map(np.asarray, (facts.round, facts.source, facts.first, facts.stop)), strict=True):
+        tokens = np.flatnonzero(real)  # their rounds are in order
+        behind, from_, to = (np.searchsorted(*pair) for pair in zip((tokens, round[tokens], round[tokens]), places, strict=True))
+        words += np.maximum(to - np.maximum(from_, behind), 0).sum()
     return float(window + words)
 
 

@@ -18,7 +18,7 @@ from svlm_jax.training.step import Trainer
 def make_trainer(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, platform: str) -> Trainer:
     """The trainer of a run on this mesh, of devices of `platform` ("cpu", "gpu" or "tpu")."""
     shape = config.data.shape
-    job = Job(model, mesh, platform, shape.tokens, shape.samples, config.step.dtype, shape.reach)
+    job = Job(model, mesh, platform, shape.tokens, shape.samples, config.step.dtype, shape.reach, shape.memory)
     unit = temporal_step(model.vision, config.data.loader.sample.fps).denominator
     recipe = Recipe(choose(config.attention, job), Placement(mesh), unit, config.remat, config.vision_remat)
     return Trainer(model, config.step, recipe, config.steps)

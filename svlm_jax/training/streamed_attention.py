@@ -5,8 +5,8 @@ as previous text. Both are one attention over heads twice as wide, where keys of
 
     scores = [q, q'] . [k, 0]  for tokens of the window        [q, q'] . [0, k']  for previous text
 
-Queries go block by block. A window goes back only so far, so a block sees a run of the row's keys, and all of the row's previous text:
-time grows with the row and not with its square.
+Queries go block by block, each of one sample. A window goes back only so far, so a block sees a run of the row's keys, and its sample's previous
+text: time grows with the row and not with its square.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from svlm_jax.data import eviction
 from svlm_jax.data.eviction import Eviction
 from svlm_jax.types import Array, Bool, Float
 
-BLOCK = 512  # queries
 TILE = 64  # lengths of keys are a multiple of this
 
 Blocks = Callable[[Array, Array, Array, Array, float], Array]  # queries [b, Q, N, H], keys and values [b, S, K, H], mask [b, 1, Q, S], scale
@@ -34,15 +34,16 @@ class Streamed(NamedTuple):
     values: Float[Array, "B T K H"]
 
 
-def streamed_attention(x: Streamed, facts: Eviction, *, reach: int, blocks: Blocks) -> Float[Array, "B T N H"]:
+def streamed_attention(x: Streamed, facts: Eviction, *, reach: int, memory: int, blocks: Blocks) -> Float[Array, "B T N H"]:
     """What each token makes of what it sees.
 
     Args:
       reach: tokens that a window goes back at most (`RowShape.reach`).
+      memory: places of one sample (`RowShape.memory`).
       blocks: attention of each block of queries to keys of its own under a mask.
     """
     rows, tokens, heads, width = x.window_queries.shape
-    size = min(BLOCK, -(-tokens // TILE) * TILE)
+    size = eviction.BLOCK
     back = -(-min(reach, tokens) // TILE) * TILE
     count = -(-tokens // size)
     fill = count * size - tokens
@@ -57,23 +58,25 @@ def streamed_attention(x: Streamed, facts: Eviction, *, reach: int, blocks: Bloc
         a = jnp.pad(a, [(0, 0), (back, fill), *[(0, 0)] * (a.ndim - 2)])
         return jnp.stack([a[:, n * size : n * size + back + size] for n in range(count)], axis=1)
 
-    def shared(a: Array) -> Array:
-        return jnp.broadcast_to(a[:, None], (rows, count, *a.shape[1:]))
+    # A block's sample is the one whose places are not all of rounds that are over when it begins
+    over = facts.stop[:, None] <= queries(facts.round)[:, :, :1]
+    sample = jnp.argmin(over, -1) // memory
 
-    fill_memory = -x.memory_keys.shape[1] % TILE
-
-    def memory(a: Array) -> Array:
-        return jnp.pad(a, [(0, 0), (0, fill_memory), *[(0, 0)] * (a.ndim - 2)])
+    def words(a: Array) -> Array:
+        """[B, M, ...] as each block may see them [B, n, places of a sample, ...]."""
+        a = a.reshape(rows, -1, memory, *a.shape[2:])
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, -memory % TILE), *[(0, 0)] * (a.ndim - 3)])
+        return jnp.take_along_axis(a, sample.reshape(rows, count, *[1] * (a.ndim - 2)), axis=1)
 
     nothing = [(0, 0)] * (x.values.ndim - 1)
     window_keys = jnp.pad(x.window_keys, [*nothing, (0, width)])
-    memory_keys = memory(jnp.pad(x.memory_keys, [*nothing, (width, 0)]))
-    memory_values = memory(jnp.take_along_axis(x.values, facts.source[..., None, None], axis=1))
+    memory_keys = jnp.pad(x.memory_keys, [*nothing, (width, 0)])
+    memory_values = jnp.take_along_axis(x.values, facts.source[..., None, None], axis=1)
     q = queries(jnp.concatenate([x.window_queries, x.memory_queries], -1))
-    k = jnp.concatenate([keys(window_keys), shared(memory_keys)], 2)
-    v = jnp.concatenate([keys(x.values), shared(memory_values)], 2)
+    k = jnp.concatenate([keys(window_keys), words(memory_keys)], 2)
+    v = jnp.concatenate([keys(x.values), words(memory_values)], 2)
     v = jnp.pad(v, [*[(0, 0)] * (v.ndim - 1), (0, width)])  # library kernels want heads of one width
-    mask = _mask(facts, queries, memory, count=count, size=size, back=back)
+    mask = _mask(facts, queries, words, count=count, size=size, back=back)
 
     def flat(a: Array) -> Array:
         return a.reshape(rows * count, *a.shape[2:])
@@ -82,13 +85,13 @@ def streamed_attention(x: Streamed, facts: Eviction, *, reach: int, blocks: Bloc
     return found[..., :width].reshape(rows, count * size, heads, width)[:, :tokens]
 
 
-def _mask(facts: Eviction, queries, memory, *, count: int, size: int, back: int) -> Bool[Array, "B n Q S"]:
+def _mask(facts: Eviction, queries, words, *, count: int, size: int, back: int) -> Bool[Array, "B n Q S"]:
     """Who sees what: tokens of the window, then previous text."""
     start, round = queries(facts.start)[..., None], queries(facts.round)[..., None]
     place = (jnp.arange(count)[:, None] * size + jnp.arange(size))[None, :, :, None]
     key = (jnp.arange(count)[:, None] * size + jnp.arange(back + size) - back)[None, :, None]
     window = (start <= key) & (key <= place) & (key >= 0)
-    source, first, stop = (memory(a)[:, None, None] for a in (facts.source, facts.first, facts.stop))
+    source, first, stop = (words(a)[:, :, None] for a in (facts.source, facts.first, facts.stop))
     return jnp.concatenate([window, (first <= round) & (round < stop) & (source <= place)], -1)
 
 
