@@ -3,8 +3,8 @@
     python benchmarks/convert_7b.py --scratch DIR [--model 7b] [--json FILE]
 
 Writes random bfloat16 weights of the named size into DIR in files of 5 GB (as `svlm convert` has them), copies them with `cp`, and
-converts them with `svlm convert` in processes whose peak memory is read from the kernel. About three times the model's size is
-needed on DIR's disk; what was written is removed again.
+converts them with `svlm convert` in processes whose peak memory is read from the kernel. Each of the three finds nothing of what it reads in the
+system's cache. About three times the model's size is needed on DIR's disk; what was written is removed again.
 """
 
 import argparse
@@ -76,6 +76,15 @@ def write_random(folder: Path, config: ModelConfig) -> int:
     return sum(math.prod(piece.source_shape) for piece in name_table(config)) * 2
 
 
+def forget(folder: Path) -> None:
+    """Takes the files out of the system's cache."""
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def timed(command: list[str]) -> float:
     began = time.perf_counter()
     subprocess.run(command, check=True)
@@ -115,13 +124,14 @@ def main() -> int:
         size = write_random(scratch / "hf", config)
         files = sorted(file.stat().st_size for file in (scratch / "hf").glob("*.safetensors"))
         print(f"{arguments.model}: {size / GB:.1f} GB in {len(files)} files, the largest {files[-1] / GB:.2f} GB", flush=True)
-        os.sync()
+        forget(scratch / "hf")
         there = converted(scratch / "hf", scratch / "orbax")
         print(f"to Orbax: {there}", flush=True)
+        forget(scratch / "hf")
         copy = timed(["cp", "-r", str(scratch / "hf"), str(scratch / "copy")])
         print(f"cp: {copy:.1f} s", flush=True)
         shutil.rmtree(scratch / "copy")
-        os.sync()
+        forget(scratch / "orbax")
         back = converted(scratch / "orbax", scratch / "back")
         print(f"and back: {back}", flush=True)
         shutil.rmtree(scratch / "orbax")

@@ -24,16 +24,6 @@ def fill(place: np.ndarray, source: np.ndarray, pool: Executor, *, copied: Calla
             copied()
 
 
-def contiguous(view: np.ndarray, pool: Executor) -> np.ndarray:
-    """The array in row-major order; itself where it is so already."""
-    if view.flags.c_contiguous:
-        return view
-    out = np.empty(view.shape, view.dtype)
-    plain = f"u{view.itemsize}"  # plain integers, which are copied faster than NumPy's extension types
-    fill(out.view(plain), view.view(plain), pool)
-    return out
-
-
 def _copy(place: np.ndarray, source: np.ndarray, tile: tuple[slice, ...]) -> None:
     with np.errstate(all="ignore"):
         place[tile] = source[tile]

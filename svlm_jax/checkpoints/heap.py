@@ -6,7 +6,7 @@ Half of the processor time of a conversion, which takes and frees gigabytes, wen
 import ctypes
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # glibc's malloc.h
-KEPT = 512 << 20  # bytes at most, of what is smaller: two groups of parameters and this stay under 3 GB
+KEPT = 1 << 30  # bytes at most, of what is smaller: two groups of parameters and this stay under 3 GB
 LARGEST = 64 << 20  # bytes: a larger buffer goes back to the system when it is freed, so that there is room for the next one of its kind
 
 

@@ -36,7 +36,7 @@ Keep = Callable[[Path_, Any], Any]  # what is kept of a parameter that has been 
 CHUNK_BYTES = 32 << 20
 VALUES, SCALE = "values", "scale"  # of a weight in eight bits
 GROUP_BYTES = 512 << 20  # of parameters read together
-SAVED_TOGETHER = 1 << 30  # bytes of parameters: each partial save reads and writes the names of all that were saved before
+SAVED_TOGETHER = 768 << 20  # bytes of parameters: each partial save reads and writes the names of all that were saved before
 MARK = "_CHECKPOINT_METADATA"  # Orbax's own, in every finished checkpoint
 
 
@@ -253,6 +253,7 @@ def write_orbax(folder: Path, groups: Iterable[dict[Path_, np.ndarray]]) -> None
     target = directory(folder / PARAMS)
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly shrink, and what is not packed is read in place
+    context.array.saving.use_ocdbt = False  # a file for each chunk instead of a few large ones: a copy and a checksum less of every byte
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory_options.deepcopy_host_arrays = False  # a group is written before it is let go, and nobody changes it
 

@@ -13,14 +13,14 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from svlm_jax.checkpoints.copying import COPIERS, contiguous
+from svlm_jax.checkpoints.copying import COPIERS, fill
+from svlm_jax.checkpoints.straight import PART, StraightFile
 from svlm_jax.errors import UserError
 from svlm_jax.storage import Place, read_range, size_of
 
@@ -32,8 +32,6 @@ FLOATS = {
 }
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 Box = tuple[slice, ...]  # one slice an axis, with a start and a stop
-WRITTEN_AT_ONCE = 64 << 20  # bytes
-FLUSHED_FROM = 32 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +111,22 @@ class Mapped:
 
     def expect(self, stored: Stored) -> None:
         """Says that the tensor is going to be looked at: the system begins to read it, in larger parts than a look at a page makes it read."""
-        self._advise(stored, "MADV_WILLNEED")
+        if hasattr(os, "posix_fadvise"):  # unlike a map's `madvise` it lets other threads run, and the system takes its time
+            with open(stored.file, "rb") as source:
+                os.posix_fadvise(source.fileno(), stored.start, stored.nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self, stored: Stored) -> None:
         """Takes the tensor's pages out of this process's memory; a later view reads them again."""
-        self._advise(stored, "MADV_DONTNEED")
+        first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = stored.start + stored.nbytes - first
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # Windows has none, and does without
+            self._map(stored.file).madvise(mmap.MADV_DONTNEED, first, length)
 
     def _map(self, file: Place) -> mmap.mmap:
         if file not in self._maps:
             with open(file, "rb") as source:
                 self._maps[file] = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
-
-    def _advise(self, stored: Stored, word: str) -> None:
-        first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = stored.start + stored.nbytes - first
-        if length > 0 and hasattr(mmap, word):  # a hint: Windows has none, and does without
-            self._map(stored.file).madvise(getattr(mmap, word), first, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Outgoing:
 def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray], *, written: Callable[[int], None] | None = None) -> None:
     """Writes `tensors`, whose `values` are asked for one at a time and in the same order; `written` is told the bytes of each part.
 
-    A value is any view whose elements are the tensor's in row-major order; it is made contiguous band by band.
+    A value is any view whose elements are the tensor's in row-major order; it is laid out band by band.
     """
     header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
@@ -157,39 +154,23 @@ def write_file(file: Path, tensors: list[Outgoing], values: Iterable[np.ndarray]
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
-    with open(file, "wb") as target, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(COPIERS) as copiers:
+    with StraightFile(file) as target, ThreadPoolExecutor(COPIERS) as copiers:
         target.write(len(text).to_bytes(8, "little") + text)
-        writing: Future[None] | None = None
         for tensor, value in zip(tensors, values, strict=True):
             assert value.size == math.prod(tensor.shape) and value.dtype == FLOATS[tensor.dtype], (tensor, value.shape, value.dtype)
             for band in _bands(value):
-                raw = contiguous(band, copiers).reshape(-1).view(np.uint8)
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(_write, target, raw, written)
+                plain = f"u{band.itemsize}"  # plain integers, which are copied faster than NumPy's extension types
+                fill(target.room(band.nbytes).view(plain).reshape(band.shape), band.view(plain), copiers)
+                if written is not None:
+                    written(band.nbytes)
             del value
-        if writing is not None:
-            writing.result()
-        target.flush()
-        os.fsync(target.fileno())
 
 
 def _bands(value: np.ndarray) -> Iterator[np.ndarray]:
-    """The array in stretches of its first axis, of about WRITTEN_AT_ONCE bytes where that axis allows it."""
-    if value.nbytes <= WRITTEN_AT_ONCE or not value.ndim:
+    """The array in stretches of its first axis, of about PART bytes where that axis allows it."""
+    if value.nbytes <= PART or not value.ndim:
         yield value
         return
-    rows = max(1, WRITTEN_AT_ONCE * len(value) // value.nbytes)
+    rows = max(1, PART * len(value) // value.nbytes)
     for start in range(0, len(value), rows):
         yield value[start : start + rows]
-
-
-def _write(target: BinaryIO, raw: np.ndarray, written: Callable[[int], None] | None) -> None:
-    """In a thread of its own, so that the next band is made while this one goes to the disk."""
-    start = target.tell()
-    target.write(raw.data)
-    if raw.size >= FLUSHED_FROM and hasattr(os, "posix_fadvise"):
-        target.flush()  # and Linux begins to write what is no longer wanted: the disk is busy all along, not at the end of the file alone
-        os.posix_fadvise(target.fileno(), start, raw.size, os.POSIX_FADV_DONTNEED)
-    if written is not None:
-        written(raw.size)
