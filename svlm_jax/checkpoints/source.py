@@ -37,15 +37,19 @@ class HubSource:
 
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`."""
-        for path in paths:
-            for block in self._targets[path].blocks:
-                self._files.expect(block.stored)
+        self.expect(paths)
         with ThreadPoolExecutor(COPIERS) as pool, ThreadPoolExecutor(AT_ONCE) as readers:
 
             def read(path: Path_) -> np.ndarray:
                 return assemble(self._targets[path], [whole(self.shapes[path])], self._files, pool)[0]
 
             return dict(zip(paths, readers.map(read, paths), strict=True))
+
+    def expect(self, paths: Sequence[Path_]) -> None:
+        """Says that these are going to be read."""
+        for path in paths:
+            for block in self._targets[path].blocks:
+                self._files.expect(block.stored)
 
 
 @runtime_checkable
@@ -94,7 +98,7 @@ class Parameters:
         self.paths = tuple(ordered)
         self._of = {path: index for index, group in enumerate(self._groups) for path in group}
         self._index, self._held = -1, {}
-        self._reader = ThreadPoolExecutor(1)
+        self._reader, self._ahead = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._next: Future[dict[Path_, np.ndarray]] | None = None
 
     def get(self, path: Path_) -> np.ndarray:
@@ -124,6 +128,8 @@ class Parameters:
             yield self._group(index)
 
     def _group(self, index: int) -> dict[Path_, np.ndarray]:
+        if isinstance(self._source, HubSource) and index + 1 < len(self._groups):
+            self._ahead.submit(self._source.expect, self._groups[index + 1])  # the disk works while parameters are put together
         found = self._source.read(self._groups[index])
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(found, pool.map(self._checked, found, found.values()), strict=True))
