@@ -113,6 +113,9 @@ class OrbaxSource:
         kept = [path] if self.summed(path) is None else [(*path, VALUES), (*path, SCALE)]
         return {array: self._arrays[array] for array in kept}
 
+    def expect(self, paths: Sequence[Path_]) -> None:
+        """Nothing is read ahead of what is asked for."""
+
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`; eight bits times their scale, where they are kept so."""
         # Orbax makes an array of what it is shown: a view of one number takes no memory

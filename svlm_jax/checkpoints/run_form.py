@@ -83,6 +83,9 @@ class RunSource:
         self.dtype = np.dtype(dtype) if dtype is not None else frozen[0] if frozen else np.dtype(np.float32)
         self._open: dict[str, Any] = {}
 
+    def expect(self, paths: Sequence[Path_]) -> None:
+        """Nothing is read ahead of what is asked for."""
+
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`."""
         with np.errstate(all="ignore"):  # what no longer fits into a narrower dtype becomes infinite

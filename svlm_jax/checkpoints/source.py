@@ -37,7 +37,6 @@ class HubSource:
 
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`."""
-        self.expect(paths)
         with ThreadPoolExecutor(COPIERS) as pool, ThreadPoolExecutor(AT_ONCE) as readers:
 
             def read(path: Path_) -> np.ndarray:
@@ -46,7 +45,7 @@ class HubSource:
             return dict(zip(paths, readers.map(read, paths), strict=True))
 
     def expect(self, paths: Sequence[Path_]) -> None:
-        """Says that these are going to be read."""
+        """Has the disk begin with them."""
         for path in paths:
             for block in self._targets[path].blocks:
                 self._files.expect(block.stored)
@@ -63,6 +62,10 @@ class Source(Protocol):
     @property
     def quantization(self) -> Quantization | None:
         """What of it is kept in eight bits."""
+        ...
+
+    def expect(self, paths: Sequence[Path_]) -> None:
+        """Says that these are going to be read."""
         ...
 
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]: ...
@@ -97,7 +100,7 @@ class Parameters:
         self._groups = grouped(ordered, source.dtype.itemsize, together)
         self.paths = tuple(ordered)
         self._of = {path: index for index, group in enumerate(self._groups) for path in group}
-        self._index, self._held = -1, {}
+        self._index, self._held, self._expected = -1, {}, 0
         self._reader, self._ahead = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._next: Future[dict[Path_, np.ndarray]] | None = None
 
@@ -128,8 +131,9 @@ class Parameters:
             yield self._group(index)
 
     def _group(self, index: int) -> dict[Path_, np.ndarray]:
-        if isinstance(self._source, HubSource) and index + 1 < len(self._groups):
-            self._ahead.submit(self._source.expect, self._groups[index + 1])  # the disk works while parameters are put together
+        for group in self._groups[self._expected : index + 2]:  # the disk works on the next one while this one is put together
+            self._ahead.submit(self._source.expect, group)
+        self._expected = index + 2
         found = self._source.read(self._groups[index])
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(found, pool.map(self._checked, found, found.values()), strict=True))

@@ -28,7 +28,11 @@ class StraightFile:
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._straight = self._open_straight(path)
+        try:
+            self._straight = self._open_straight(path)
+        except OSError:
+            os.close(self._file)
+            raise
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._parts = [_pages(PART + ALIGNED), _pages(PART + ALIGNED)]  # one is filled, one is written; less than a page is left of the one before

@@ -36,6 +36,11 @@ class TextWithTower:
         self._tower, self.dtype = tower, self._text.dtype
         self.shapes = {path: shape for path, shape in tower.shapes.items() if path[0] == "vision"} | self._text.shapes
 
+    def expect(self, paths: Sequence[Path_]) -> None:
+        """Says that these are going to be read."""
+        self._tower.expect([path for path in paths if path[0] == "vision"])
+        self._text.expect([path for path in paths if path[0] != "vision"])
+
     def read(self, paths: Sequence[Path_]) -> dict[Path_, np.ndarray]:
         """These parameters, whole, as `dtype`."""
         of_tower = [path for path in paths if path[0] == "vision"]
