@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
         if target.exists():
             return
         _, minutes, flags = CASES[name]
-        told = ["--minutes", f"{minutes * args.scale:g}", "--seed", str(args.seed), "--matches", str(args.matches), "--video", str(films)]
+        video = films / f"{args.seed}.mp4" if args.matches == 1 else films
+        told = ["--minutes", f"{minutes * args.scale:g}", "--seed", str(args.seed), "--matches", str(args.matches), "--video", str(video)]
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if args.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % args.gpus)
