@@ -29,13 +29,13 @@ from svlm_jax.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = "svlm_jax.demo.training_data"
-STAGES = {"sft_match_sight": 0.45, "sft_match": 0.3, "sft_match_dense": 0.25}  # presets, and at most so much of the time that is left for these
+STAGES = {"sft_match_sight": 0.45, "sft_match": 0.31, "sft_match_dense": 0.24}  # presets, and at most so much of the time that is left for these
 SEEN = 0.985  # right tokens of the last steps, at which the first stage ends: half of what is asked are the numbers and teams of players
 LONGEST = 20_000  # steps, more than a stage has time for: all but the last end when that is up, at their full rate
 STEADY = (f"steps={LONGEST}", "step.optimizer.final=1.0", "step.optimizer.warmup=0.0075")
 OF_MATCHES = {name for name, each in SETS.items() if each.of != "drill"} - {"goals"} | {"dense"}  # those that share seconds
 DRILLS = 100_000  # the first of their seeds
-UNKNOWN = 0.35  # seconds a step, where none has been timed
+UNKNOWN = 0.2  # seconds a step, where none has been timed
 START, END = 45.0, 25.0  # seconds that the last stage takes to begin and to be converted
 
 

@@ -1,8 +1,6 @@
-"""The model of the simulated match: matches in chunks of 24 and of 144 s that share half, with previous text, silence and questions.
+"""The model of the simulated match: matches in chunks of 24 s that share 12 s, with previous text, silence and questions.
 
-In a stream, words that left the window keep the keys and values that they had among pictures, and these pictures are gone: neither chunks
-that see all that is before, nor their previous text, which is read without any, have such words. So what leaves a stream's cache
-leaves these rows as well (`window`), and long chunks have words that are older than it by far.
+Previous text stands before all pictures here, so a stream reads its own anew now and then (`text_refresh` in the model's streaming.json).
 
     python -m svlm_jax.demo.training_data data --matches 32 --minutes 120 --openings 640 --drills 64 --processes 16
     python -m svlm_jax.demo.make_match_model start
@@ -22,8 +20,8 @@ from svlm_jax.training.optimizer import OptimizerConfig
 from svlm_jax.training.step import StepConfig
 
 FOLDER = "data"
-SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448, window=16)
-SHARES = {"placed": 0.26, "asked": 0.14, "long": 0.18, "goals": 0.18, "chunks": 0.12, "openings": 0.12}  # of samples; long ones are 5 times as long
+SAMPLE = SampleConfig("streaming", fps=2, text_sink=64, text_sliding=448)
+SHARES = {"placed": 0.30, "asked": 0.20, "goals": 0.10, "chunks": 0.30, "openings": 0.10}  # of samples
 
 
 def config() -> RunConfig:
@@ -31,11 +29,11 @@ def config() -> RunConfig:
         out="run",
         data=DataConfig(
             {name: DatasetConfig(f"{FOLDER}/{name}.jsonl", FOLDER, weight=share) for name, share in SHARES.items()},
-            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, max_seconds=144.0, cache_bytes=0),
-            RowShape(tokens=24_576, bins=168, windows=6, samples=6, memory=640, reach=2816),  # 144 s and 24 s, a bin a second; or six times 24 s
-            rows=8,
-            lanes=8,
-            open_rows=3,
+            LoaderConfig(SAMPLE, max_pixels=HEIGHT * WIDTH, cache_bytes=0),
+            RowShape(tokens=4096, bins=24, windows=6, samples=8),  # a chunk of 24 s, a bin a second; of 4 s: six
+            rows=48,
+            lanes=16,
+            open_rows=1,
         ),
         steps=3_000,
         model="match",

@@ -11,7 +11,7 @@ from svlm_jax.configs import sft_match
 from svlm_jax.data.pipeline import DatasetConfig
 from svlm_jax.training.config import RunConfig
 
-SHARES = {"dense": 0.16, "long": 0.22, "goals": 0.26, "asked": 0.12, "placed": 0.12, "openings": 0.12}
+SHARES = {"dense": 0.35, "chunks": 0.2, "asked": 0.1, "goals": 0.15, "placed": 0.1, "openings": 0.1}
 
 
 def config() -> RunConfig:

@@ -9,7 +9,6 @@ Every second shows another moment, other kits and numbers: what is asked can onl
 import dataclasses
 
 from svlm_jax.configs import sft_match
-from svlm_jax.data.packing import RowShape
 from svlm_jax.data.pipeline import DatasetConfig
 from svlm_jax.training.config import RunConfig
 
@@ -17,7 +16,4 @@ from svlm_jax.training.config import RunConfig
 def config() -> RunConfig:
     first = sft_match.config()
     glances = DatasetConfig(f"{sft_match.FOLDER}/glances.jsonl", sft_match.FOLDER)
-    shape = RowShape(tokens=4096, bins=24, windows=6, samples=8)  # six chunks
-    loader = dataclasses.replace(first.data.loader, sample=dataclasses.replace(first.data.loader.sample, window=None))  # nothing is so old
-    data = dataclasses.replace(first.data, loader=loader, datasets={"glances": glances}, shape=shape, rows=48, lanes=16, open_rows=1, seed=2)
-    return dataclasses.replace(first, out="run0", data=data)
+    return dataclasses.replace(first, out="run0", data=dataclasses.replace(first.data, datasets={"glances": glances}, seed=2))

@@ -167,6 +167,7 @@ class StreamConfig:
     text_window: int = 16
     text_sink: int | None = 512  # first words of the previous text that are kept for ever
     text_sliding: int | None = 512  # the last text_sliding - 1 words are kept as well
+    text_refresh: int = 0  # rounds from one fresh reading of the previous text to the next; 0: its words keep the keys and values they were said with
     max_new_tokens: int = 20
     chunk_seconds: float = 1.0
     fps: float = 2.0
@@ -194,6 +195,7 @@ class StreamConfig:
         )
         _require(self.text_sink is None or self.text_sink >= 0, f"--text-sink must not be negative, but is {self.text_sink}")
         _require(self.text_sliding is None or self.text_sliding >= 1, f"--text-sliding must be at least 1 token, not {self.text_sliding}")
+        _require(self.text_refresh >= 0, f"--text-refresh must not be negative, but is {self.text_refresh}")
         _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
         _require(self.mode in ("streaming", "full", "windows", "recompute"), f"--mode {self.mode!r} is unknown: streaming, full, windows or recompute")
         _require(self.positions in ("contiguous", "append"), f"--positions {self.positions!r} is unknown: contiguous or append")

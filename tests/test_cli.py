@@ -38,6 +38,7 @@ VIDEO
 --text-window ROUNDS 16
 --text-sink TOKENS 512
 --text-sliding TOKENS 512
+--text-refresh ROUNDS 0
 --text-capacity TOKENS 8192
 --mode {streaming,full,windows,recompute} 'streaming'
 --positions {contiguous,append} 'contiguous'

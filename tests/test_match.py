@@ -196,8 +196,8 @@ def test_a_drill_tells_nothing_but_what_is_seen():
 def test_training_data_have_their_sets_and_drills_no_commentary(tmp_path):
     tasks = [training_data.Task(1000 + i, 48.0, tmp_path, kind, 0.5) for i, kind in enumerate(("match", "opening", "drill"))]
     rows = training_data.write(tasks, tmp_path, 1)
-    assert set(rows) == {"chunks", "asked", "long", "openings", "placed", "glances", "dense"}  # there is no goal yet
-    assert rows["glances"] == 12 and rows["chunks"] == 3 and rows["long"] == 1
+    assert set(rows) == {"chunks", "asked", "openings", "placed", "glances", "dense"}  # there is no goal yet
+    assert rows["glances"] == 12 and rows["chunks"] == 3
     for name, count in rows.items():
         file = AnnotationFile(tmp_path / f"{name}.jsonl")
         annotations = [file.annotation(row) for row in range(count)]

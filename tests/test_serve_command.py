@@ -35,6 +35,7 @@ FLAGS = """
 --text-window ROUNDS 16
 --text-sink TOKENS 512
 --text-sliding TOKENS 512
+--text-refresh ROUNDS 0
 --positions {contiguous,append} 'contiguous'
 --kv {int8}
 --query TEXT 'Commentate on this match'

@@ -86,6 +86,7 @@ class Load:
     text_window: int = 16
     text_sink: int = 512
     text_sliding: int = 512
+    text_refresh: int = 0
     kv: str | None = None
     capacity_rounds: int = 0  # that mode "full" has room for; 0: all of them
     profile_rounds: int = 8
@@ -99,7 +100,7 @@ class Load:
     def stream_config(self, tokenizer: Tokenizer) -> StreamConfig:
         total = self.warmup_rounds + self.rounds + self.pipelined_rounds + self.profile_rounds
         room = self.capacity_rounds or total
-        same = ("vision_window", "text_window", "text_sink", "text_sliding", "chunk_seconds", "fps", "mode", "positions", "kv")
+        same = ("vision_window", "text_window", "text_sink", "text_sliding", "text_refresh", "chunk_seconds", "fps", "mode", "positions", "kv")
         return StreamConfig(
             **{name: getattr(self, name) for name in same},
             max_new_tokens=self.tokens,
@@ -410,7 +411,7 @@ def _run(
         "kv": load.kv or jnp.dtype(dtype).name,
         "mesh": {"data": 1, "tensor": 1} if engine.mesh is None else {axis: engine.mesh.shape[axis] for axis in ("data", "tensor")},
         **{name: settings[name] for name in ("mode", "positions", "fps", "chunk_seconds", "height", "width", "streams", "rounds")},
-        **{name: settings[name] for name in ("vision_window", "text_window", "text_sink", "text_sliding")},
+        **{name: settings[name] for name in ("vision_window", "text_window", "text_sink", "text_sliding", "text_refresh")},
         "tokens_per_round": float(np.median(said)),
         "turns_at_budget": float(np.mean(said == load.tokens)),
         "cached_tokens": median_cached,
@@ -502,6 +503,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-window", type=int, default=default.text_window, help="rounds")
     parser.add_argument("--text-sink", type=int, default=default.text_sink, help="tokens")
     parser.add_argument("--text-sliding", type=int, default=default.text_sliding, help="tokens")
+    parser.add_argument("--text-refresh", type=int, default=default.text_refresh, help="rounds; 0: never")
     parser.add_argument("--kv", choices=["int8"], help="keep keys and values in 8 bits (default: in the type of the computation)")
     parser.add_argument("--profile-rounds", type=int, default=default.profile_rounds, help="rounds under the device profiler; 0: no stages")
     parser.add_argument("--keep-profile", metavar="DIR", help="keep the profiler's files, for XProf or Perfetto")

@@ -17,6 +17,7 @@ STREAM_FLAGS = {  # flag -> (field of StreamConfig, type, help)
     "--text-window": ("text_window", int, "rounds whose words are remembered in their place"),
     "--text-sink": ("text_sink", _count_or_off, "first tokens of older words that are kept, or off"),
     "--text-sliding": ("text_sliding", _count_or_off, "last tokens of older words that are kept, or off"),
+    "--text-refresh": ("text_refresh", int, "rounds after which older words are read anew; 0: never"),
     "--max-new-tokens": ("max_new_tokens", int, "tokens a round, at most"),
     "--mode": ("mode", str, "streaming, full, windows or recompute"),
     "--positions": ("positions", str, "contiguous or append"),

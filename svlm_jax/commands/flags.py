@@ -102,6 +102,8 @@ def _add_windows(remember: Any, count: Callable[[str], Any] | None = None) -> No
     _add(remember, "--text-window", "text_window", "rounds whose words it remembers in their place", metavar="ROUNDS", type=int)
     _add(remember, "--text-sink", "text_sink", f"first tokens of older words kept for ever{off}", metavar="TOKENS", type=how)
     _add(remember, "--text-sliding", "text_sliding", f"last tokens of older words kept{off}", metavar="TOKENS", type=how)
+    again = "rounds after which older words are read anew, as text alone; 0: they stay as they were when they were said"
+    _add(remember, "--text-refresh", "text_refresh", again, metavar="ROUNDS", type=int)
 
 
 def _add_positions(remember: Any) -> None:

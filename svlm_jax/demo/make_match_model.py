@@ -27,6 +27,7 @@ SETTINGS = {  # as configs/sft_match.py trains it; what is likeliest is said, an
     "max_new_tokens": 28,
     "text_sink": 64,
     "text_sliding": 448,
+    "text_refresh": 8,
     "query": QUERY,
     "temperature": 0.0,
     "repetition_penalty": 1.0,

@@ -3,8 +3,8 @@
     python -m svlm_jax.demo.training_data FOLDER --matches 32 --minutes 120 --openings 320 --drills 32 --first-seed 1000 --processes 16
 
 `chunks.jsonl` has the whole matches with a question now and then, `dense.jsonl` the half of these chunks with most words, `asked.jsonl` the
-whole matches with a question nearly every second; `long.jsonl` has chunks of 144 seconds, `goals.jsonl` more of them, each with a goal. Each of
-these chunks has a past of its own (`demo.history`). `openings.jsonl` has the first 48 seconds of further matches. Of drills (`demo.drill`), which
+whole matches with a question nearly every second, `goals.jsonl` further chunks with a goal and many questions about the score. Each of these
+chunks has a past of its own (`demo.history`). `openings.jsonl` has the first 48 seconds of further matches. Of drills (`demo.drill`), which
 a model learns to see by, `placed.jsonl` asks after all players' places, `glances.jsonl` the same in chunks of 4 seconds. Seeds below 1000
 are for evaluation and are refused here.
 """
@@ -32,7 +32,7 @@ OPENING_SECONDS = 48.0
 DRILL_SECONDS = 1_800.0
 LIGHT = "fastdecode,zerolatency"
 STYLES = ("ultrafast", ""), ("superfast", LIGHT), ("veryfast", LIGHT), ("veryfast", "")  # of x264: quick to read, and not all the same
-GOALS = 4  # chunks of each goal, which comes in their first half
+GOALS = 4  # chunks of each goal, which comes between their third second and the sixth from their end
 ALL = 96, 480  # first and last words of the previous text that rows can need
 SIGHTS = "places", "places", "places", "ball"
 
@@ -52,8 +52,7 @@ class DataSet:
 SETS = {
     "chunks": DataSet("match", 20.0),
     "asked": DataSet("match", 1.25, ("ball", "ball", "score", "scorer")),
-    "long": DataSet("match", 30.0, window=144),  # words outlive their pictures by far, and questions are as seldom as in use
-    "goals": DataSet("match", 16.0, ("score", "scorer"), window=144),
+    "goals": DataSet("match", 3.0, ("score", "scorer")),
     "openings": DataSet("opening", 6.0),
     "placed": DataSet("drill", 1.2, SIGHTS, memory=(0, 48)),
     "glances": DataSet("drill", 1.0, SIGHTS, window=4, overlaps=False, memory=(0, 0)),
@@ -94,9 +93,9 @@ def make(task: Task) -> dict[str, list[Annotation]]:
 
 
 def around_goals(match: Match, window: int, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """From when to when chunks of so many seconds last that have a goal in their first half, some of each goal, in order."""
+    """From when to when chunks of so many seconds last that have a goal, some of each, in order."""
     goals = [round_of(event.time) for event in match.events if event.kind == "goal"]
-    starts = sorted(goal - int(rng.integers(3, window // 2)) for goal in goals for _ in range(GOALS))
+    starts = sorted(goal - int(rng.integers(3, window - 5)) for goal in goals for _ in range(GOALS))
     return [(float(start), float(start + window)) for start in starts if 0 <= start <= match.seconds - window]
 
 

@@ -180,7 +180,7 @@ def _watch(
     with Countdown("commenting") as progress:
         watched = watch(model, films, questions, config, rounds=rounds, told=progress)
     times = sorted(watched.round_seconds) or [0.0]
-    told = ("mode", "positions", "vision_window", "text_window", "text_sink", "text_sliding", "temperature")
+    told = ("mode", "positions", "vision_window", "text_window", "text_sink", "text_sliding", "text_refresh", "temperature")
     how = {
         "model": str(args.model or "bundled"),
         "device": jax.devices()[0].device_kind,

@@ -24,8 +24,9 @@ import numpy as np
 
 from svlm_jax.config import ModelConfig, StreamConfig
 from svlm_jax.errors import UserError
-from svlm_jax.model.rope import clip_extent, clip_offsets
+from svlm_jax.model.rope import Rotation, clip_extent, clip_offsets, mrope_rotation
 from svlm_jax.streaming.prompt import PromptLayout
+from svlm_jax.types import Array, Int
 
 TILE = 128  # regions start on a tile
 CACHE_TILE = 1024  # the whole cache is a multiple of this: split products over slots would else copy the values to pad them
@@ -189,6 +190,11 @@ class StreamSpec:
     def pads_extent(self) -> int:
         """Coordinates that a visual's pads take; all else in a clip takes a position a token."""
         return clip_extent(self.visual_grid, self.temporal_step, self.unit)
+
+    def rotation(self, coordinates: Int[Array, "... 3"]) -> Rotation:
+        """Of tokens at these coordinates, in units of 1/unit."""
+        t = self.model.text
+        return mrope_rotation(coordinates, axes=t.mrope_axes, theta=t.rope_theta, denominator=self.unit)
 
     @functools.cached_property
     def cache(self) -> "CacheLayout":

@@ -1,6 +1,6 @@
 """One round, pure: state in, state out. Two programs, `ingest` and `decode`, serve every driver.
 
-ingest = evict, look (vision tower), prefill the round's chunk, sample the first token.
+ingest = evict, refresh (where asked for), look (vision tower), prefill the round's chunk, sample the first token.
 decode = the other tokens, one step each, ended on the device when every stream has closed its turn.
 `open_stream` puts one stream's system prompt and previous text into its row; the round that follows is its first.
 
@@ -19,9 +19,11 @@ from svlm_jax.kernels.ring_attention.api import prepare, ring_attention
 from svlm_jax.kernels.ring_attention.int8 import Int8Rows, Rows, stored_as
 from svlm_jax.model.layers import once, take_layer
 from svlm_jax.model.qwen_vl import QwenVL, bind
-from svlm_jax.model.rope import Rotation, mrope_rotation, rotate
+from svlm_jax.model.rope import Rotation, rotate
+from svlm_jax.streaming.alone import run_alone
 from svlm_jax.streaming.evict import evict
 from svlm_jax.streaming.layout import CacheLayout, Field, StreamSpec
+from svlm_jax.streaming.refresh import refresh
 from svlm_jax.streaming.sampling import sample, visible_tokens
 from svlm_jax.streaming.state import Prompt, StreamState, Turn
 from svlm_jax.types import Array, Bool, Float, Int, Key, Params, Slot, UInt8
@@ -43,11 +45,6 @@ class Chunk(NamedTuple):
     valid: Bool[Array, "B T"]
     positions: Int[Array, "B T 3"]  # in units of 1/unit
     runs: tuple[Run, ...]  # where the rows go, in ROUNDS
-
-
-def _rotation(spec: StreamSpec, coordinates: Int[Array, "... 3"]) -> Rotation:
-    t = spec.model.text
-    return mrope_rotation(coordinates, axes=t.mrope_axes, theta=t.rope_theta, denominator=spec.unit)
 
 
 def _append(x: Array, rows: Array, runs: Sequence[Run], axis: int = 2) -> Array:
@@ -81,7 +78,7 @@ def _prefill(
     """
     spec, cache = state.spec, state.spec.cache
     # [B, R, T, 3]: a query at p meets region g as R(p + D_g) q; the chunk itself stands in the last region, ROUNDS
-    rotation = _rotation(spec, chunk.positions[:, None] + state.shift[:, :, None, None])
+    rotation = spec.rotation(chunk.positions[:, None] + state.shift[:, :, None, None])
     query_turn = Rotation(*(a[..., None, :] for a in rotation))
     key_turn = Rotation(*(a[:, -1, :, None] for a in rotation))
     slots = tuple(jnp.asarray(run.slot, jnp.int32) for run in chunk.runs)
@@ -132,24 +129,17 @@ def _recompute(model: QwenVL, state: StreamState) -> tuple[Float[Array, "B 1 D"]
 
     def turn(coordinates: Int[Array, "B 3 S"]) -> Rotation:
         ordered = jnp.take_along_axis(coordinates, order[:, None], axis=2)
-        return Rotation(*(a[:, :, None] for a in _rotation(spec, jnp.moveaxis(ordered, 1, 2))))
+        return Rotation(*(a[:, :, None] for a in spec.rotation(jnp.moveaxis(ordered, 1, 2))))
 
     compute_turn, stored_turn = turn(positions), turn(state.coordinates)
     ks, vs = list(state.k), list(state.v)
-    for index in range(len(ks)):
 
-        def attend(q, k, v, index=index):
-            self_k, self_v = jnp.swapaxes(rotate(k, compute_turn), 1, 2), jnp.swapaxes(v, 1, 2)
-            nothing, nobody = self_k[:, :, :0], valid[:, :0]
-            q = rotate(q, compute_turn)[:, None]
-            out, _ = ring_attention(q, nothing, nothing, nobody, regions=((0, 0),), self_k=self_k, self_v=self_v, self_valid=valid)
-            for buffers, rows in ((ks, rotate(k, stored_turn)), (vs, v)):
-                kept = jnp.take_along_axis(rows, place[:, :, None, None], axis=1)
-                buffers[index] = stored_as(buffers[index], jnp.swapaxes(kept, 1, 2))
-            return out
+    def keep(layer: int, k: Array, v: Array) -> None:
+        for buffers, rows in ((ks, rotate(k, stored_turn)), (vs, v)):
+            kept = jnp.take_along_axis(rows, place[:, :, None, None], axis=1)
+            buffers[layer] = stored_as(buffers[layer], jnp.swapaxes(kept, 1, 2))
 
-        x = take_layer(model.text.layers, index)(x, attend)
-        x = x + deep[index] if index < len(deep) else x
+    x = run_alone(model, x, valid, compute_turn, keep, deep=deep)
     last = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1), state.replace(k=tuple(ks), v=tuple(vs))
 
@@ -280,7 +270,7 @@ def _draw(model: QwenVL, state: StreamState, x: Float[Array, "B D"], key: Key[Ar
 def ingest(
     params: Params, state: StreamState, frames: UInt8[Array, "B F 3 height width"], prompt: Prompt, key: Key[Array, "B"]
 ) -> tuple[StreamState, Int[Array, "B"]]:
-    """A round up to its first token: evict, look, prefill, sample.
+    """A round up to its first token: evict, read older words anew if it is time to, look, prefill, sample.
 
     Args:
       params: of `state.spec.model`, one array a layer or stacked.
@@ -294,7 +284,7 @@ def ingest(
     """
     spec = state.spec
     model = bind(spec.model, params)
-    state = evict(state)
+    state = refresh(model, evict(state), prompt.active)
     tokens, valid, runs, clip_row = _chunk(state, prompt)
     positions, after = _positions(spec, valid, state.next_position, clip_row)
     with jax.named_scope("vision"):
@@ -411,22 +401,17 @@ def open_stream(params: Params, state: StreamState, row: Int[Array, ""], words: 
     with jax.named_scope("open_stream"):
         x = model.text.embed(tokens)
         embeddings = (*(write(e, x[:, None], 2) for e in state.embeddings[:1]), *state.embeddings[1:])
-        turn = Rotation(*(a[:, :, None] for a in _rotation(spec, positions)))
+        turn = Rotation(*(a[:, :, None] for a in spec.rotation(positions)))
         ks, vs, closing = list(state.k), list(state.v), list(state.closing)
-        for layer in range(len(ks)):
 
-            def attend(q, k, v, layer=layer):
-                if closing:
-                    closing[layer] = write_row(closing[layer], jnp.swapaxes(k[:, -len(close) :], 1, 2))
-                k, v = jnp.swapaxes(rotate(k, turn), 1, 2), jnp.swapaxes(v, 1, 2)
-                nothing = k[:, :, :0]
-                fresh = {"self_k": k, "self_v": v, "self_valid": valid}
-                out, _ = ring_attention(rotate(q, turn)[:, None], nothing, nothing, valid[:, :0], regions=((0, 0),), **fresh)
-                for buffers, rows in ((ks, k), (vs, v)):
-                    buffers[layer] = jax.tree.map(lambda old, new: write(old, new, 2), buffers[layer], stored_as(buffers[layer], rows))
-                return out
+        def keep(layer: int, k: Array, v: Array) -> None:
+            if closing:
+                closing[layer] = write_row(closing[layer], jnp.swapaxes(k[:, -len(close) :], 1, 2))
+            for buffers, rows in ((ks, rotate(k, turn)), (vs, v)):
+                fresh = stored_as(buffers[layer], jnp.swapaxes(rows, 1, 2))
+                buffers[layer] = jax.tree.map(lambda old, new: write(old, new, 2), buffers[layer], fresh)
 
-            x = take_layer(model.text.layers, layer)(x, attend)
+        run_alone(model, x, valid, turn, keep)
     coordinates = jnp.moveaxis(positions, 1, 2)
     cleared = jnp.zeros((1, cache.slots - slots), jnp.bool_)
     shift = jnp.zeros((1, len(cache.regions)), jnp.int32)
