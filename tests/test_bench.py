@@ -63,6 +63,7 @@ FIELDS = {
     "text_window": int,
     "text_sink": int,
     "text_sliding": int,
+    "text_refresh": int,
     "tokens_per_round": float,
     "turns_at_budget": float,
     "cached_tokens": float,

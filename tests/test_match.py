@@ -315,10 +315,10 @@ def test_goals_made_up_come_before_and_all_else_stays(played):
 
 def test_chunks_around_goals(played):
     goals = [commentary.round_of(event.time) for event in played.events if event.kind == "goal"]
-    spans = training_data.around_goals(played, 56, np.random.default_rng(1))
+    spans = training_data.around_goals(played, 24, np.random.default_rng(1))
     assert len(spans) > 3.5 * len(goals)
     for start, end in spans:
-        assert end - start == 56 and any(3 <= goal - start < 28 for goal in goals)
+        assert end - start == 24 and any(3 <= goal - start < 19 for goal in goals)
 
 
 def test_the_truth_scores_full_marks(played):

@@ -104,7 +104,9 @@ from svlm_jax.programs import Programs
 from svlm_jax.sharding import make_mesh, param_shardings
 from svlm_jax.streaming.engine import Engine, make_spec
 
-BATCH = StreamConfig(max_new_tokens=3, vision_window=2, text_window=2, text_sink=8, text_sliding=8, query="", question_capacity=0)
+BATCH = StreamConfig(
+    max_new_tokens=3, vision_window=2, text_window=2, text_sink=8, text_sliding=8, text_refresh=2, query="", question_capacity=0
+)
 
 
 def captions(data, tensor):

@@ -191,9 +191,9 @@ def stack(prompts: list[Prompt]) -> Prompt:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *prompts)
 
 
-@pytest.mark.parametrize("mode", ["streaming", "recompute"])
-def test_scan_equals_the_live_driver(mode):
-    config, rounds = dataclasses.replace(BASE, mode=mode), 9
+@pytest.mark.parametrize(("mode", "text_refresh"), [("streaming", 0), ("streaming", 3), ("recompute", 0)])
+def test_scan_equals_the_live_driver(mode, text_refresh):
+    config, rounds = dataclasses.replace(BASE, mode=mode, text_refresh=text_refresh), 9
     live = small.engine(config, streams=2)
     scanned = small.engine(config, streams=2)
     for engine in (live, scanned):
@@ -212,11 +212,13 @@ def test_scan_equals_the_live_driver(mode):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_neighbours_change_nothing():
+@pytest.mark.parametrize("text_refresh", [0, 3])
+def test_neighbours_change_nothing(text_refresh):
     """A stream says the same alone and in a batch, in any row, whatever the others do."""
-    alone = small.engine(BASE)
+    config = dataclasses.replace(BASE, text_refresh=text_refresh)
+    alone = small.engine(config)
     alone.open(0, seed=5)
-    batch = small.engine(BASE, streams=3)
+    batch = small.engine(config, streams=3)
     batch.open(1, previous_text="A goal.", seed=8)
     batch.step(small.frames(batch, 99), {1: (40, 41)})
     batch.open(2, seed=5)
@@ -267,8 +269,9 @@ def test_a_recomputed_sequence_has_its_deep_features_again():
     np.testing.assert_allclose(np.asarray(turn.watched)[0, 0], np.asarray(logits)[0, -1, list(watch)], atol=1e-4)
 
 
-def test_no_program_is_compiled_after_the_first_rounds():
-    engine = small.engine(BASE, streams=2)
+@pytest.mark.parametrize("text_refresh", [0, 3])
+def test_no_program_is_compiled_after_the_first_rounds(text_refresh):
+    engine = small.engine(dataclasses.replace(BASE, text_refresh=text_refresh), streams=2)
     names = ("ingest", "decode", "open_stream", "close_stream")
     for index in range(14):
         if index in (0, 4):
