@@ -67,7 +67,7 @@ def test_words_read_anew_are_those_of_a_stream_that_opens_with_them(vision, text
 
 def test_only_streams_whose_round_it_is_are_read_anew():
     """Two streams of different ages, in the round of one of them: the other's slots stay as they are, bit for bit."""
-    engine = small.engine(dataclasses.replace(BASE, text_window=2), streams=2, layers=2)
+    engine = small.engine(dataclasses.replace(BASE, text_window=2, previous_text=""), streams=2, layers=2)
     engine.open(0)
     engine.open(1)
     for index in range(4):
