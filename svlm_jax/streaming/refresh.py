@@ -21,23 +21,15 @@ from svlm_jax.streaming.state import StreamState
 from svlm_jax.types import Array, Bool, Float, Int
 
 
-def refreshes(state: StreamState, active: Bool[Array, "B"]) -> Bool[Array, "B"] | None:
-    """The streams whose older words are read anew in this round; None: never any. Streams that join at other times have other rounds."""
-    stream = state.spec.stream
-    if not stream.text_refresh or stream.mode != "streaming":
-        return None
-    return active & (state.age > 0) & (state.age % stream.text_refresh == 0)
-
-
 def refresh(model: QwenVL, state: StreamState, active: Bool[Array, "B"]) -> StreamState:
     """The state with the previous text of the streams that are due read anew.
 
     Streams are gone through one by one (on a mesh: as many at once as it has shards of streams), so that a round costs what is due.
     """
-    due = refreshes(state, active)
-    if due is None:
+    stream, cache = state.spec.stream, state.spec.cache
+    if not stream.text_refresh or stream.mode != "streaming":
         return state
-    cache = state.spec.cache
+    due = active & (state.age > 0) & (state.age % stream.text_refresh == 0)  # streams that joined at other times have other rounds
     slots = cache.regions[cache.words_region][1]
     order, place = _sequence(state)
     sizes = np.array([stop - start for start, stop in cache.regions])
