@@ -109,7 +109,8 @@ def page(args: argparse.Namespace) -> None:
         "",
         f"Simulated matches ({match_phrase(some)}), which no training has seen ([match.md](match.md) says what the measures are). "
         "In brackets: 95% intervals of the mean over matches, by the spread between them. Round: its median time on "
-        f"{some.get('device', 'one device')}, all matches as one batch, with other runs beside it. Commit {some['commit'] or 'unknown'}, {some['date']}.",
+        f"{some.get('device', 'one device')}, all matches as one batch, with other runs beside it. "
+        f"Commit {some['commit'] or 'unknown'}, {some['date']}.",
         "",
     ]
     for group in dict.fromkeys(group for group, _, _ in CASES.values()):
