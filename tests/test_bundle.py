@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,6 +28,7 @@ from svlm_jax.demo.match import simulate
 from svlm_jax.demo.picture import Painter
 from svlm_jax.errors import UserError
 from svlm_jax.serving import server
+from svlm_jax.streaming.engine import Engine, scan_compiled
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20
@@ -76,6 +78,30 @@ def test_the_first_run_tells_what_happens(first_run):
     assert right >= 0.9 * len(claimed) and right >= 0.9 * len(really), claimed ^ really  # team, player and second
     for r in rounds:
         assert r["text"] in shown and truth.said(r["start"], r["end"]) in shown  # side by side
+
+
+def test_all_drivers_say_the_same_of_the_clip():
+    """Token for token: alone in the live loop, and as a batch in one program; past the window and with older words read anew."""
+    model, rounds, starts = svlm_jax.load(dtype="float32"), 40, (0, 30)
+    spec = Commentary(clip_path(), model).spec
+    assert rounds > 2 * spec.stream.vision_window and rounds > 4 * spec.stream.text_refresh > 0
+    size = spec.height, spec.width
+    films = [list(read_rounds(clip_path(), fps=2, chunk_seconds=1, start=start, duration=rounds, size=size)) for start in starts]
+    clips = np.stack([[video.frames.transpose(0, 3, 1, 2) for video in film] for film in films], 1)  # [rounds, streams, F, 3, height, width]
+    times = [{row: (film[i].start, film[i].end) for row, film in enumerate(films)} for i in range(rounds)]
+
+    batch = Engine(model.params, spec, model.tokenizer, streams=len(starts))
+    for row in range(len(starts)):
+        batch.open(row)
+    first = batch.step(clips[0], times[0]).tokens()  # it has the query, and so is a program of its own
+    prompts = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch.prompt(each) for each in times[1:]])
+    _, turns = scan_compiled(batch.params, batch.state, clips[1:], prompts, batch._key)
+    for row in range(len(starts)):
+        alone = Engine(model.params, spec, model.tokenizer)
+        alone.open(0)
+        said = [alone.step(clips[i, [row]], {0: times[i][row]}).tokens()[0] for i in range(rounds)]
+        assert said == [first[row], *(np.asarray(turns.tokens)[i, row, : turns.length[i, row]].tolist() for i in range(rounds - 1))]
+        assert sum(len(tokens) > 1 for tokens in said) > rounds // 4  # there is something to differ in
 
 
 def test_whoever_asks_gets_the_settings_that_the_model_was_trained_for(monkeypatch):
