@@ -1,10 +1,12 @@
 """What is claimed about endless streams, measured on simulated matches: runs of `svlm eval match`, and a page of them.
 
     python benchmarks/match_claims.py run MODEL FOLDER --matches 4 --at-once 8
+    python benchmarks/match_claims.py run OTHER FOLDER --only trained-apart
     python benchmarks/match_claims.py page FOLDER docs/claims.md
 
-The first films the matches into FOLDER/films and writes FOLDER/NAME.json for each run that is not there yet; the second makes tables and
-plots of all that are. With several GPUs, runs take turns on them.
+The first films the matches into FOLDER/films and writes FOLDER/NAME.json for each run that is not there yet, but for those of models that were
+trained otherwise: these are named, one model a call. The last makes tables and plots of all that are there. With several GPUs, runs take
+turns on them.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from svlm_jax.evaluation.match_run import FILM
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG, SHORT, FULL = 120.0, 10.0, 20.0  # minutes; full attention holds everything, and so is measured over less
+
+TRAINING = "training"
+USUAL = "streaming"  # what all but models that were trained otherwise are compared with
 
 # name -> (group, minutes, flags)
 CASES: Mapping[str, tuple[str, float, tuple[str, ...]]] = {
@@ -48,8 +53,15 @@ CASES: Mapping[str, tuple[str, float, tuple[str, ...]]] = {
     "vision-4": ("vision window", LONG, ("--vision-window", "4", "--text-window", "4")),
     "vision-8": ("vision window", LONG, ("--vision-window", "8", "--text-window", "8")),
     "vision-32": ("vision window", LONG, ("--vision-window", "32", "--text-window", "32")),
+    "trained-overlapped": (TRAINING, FULL, ()),
+    "trained-apart": (TRAINING, FULL, ()),
+    "trained-published": (TRAINING, FULL, ()),
     "blind": ("baselines", LONG, ("--baseline", "blind")),
     "truth": ("baselines", LONG, ("--baseline", "truth")),
+}
+NOTES = {
+    TRAINING: "Three models that are not the bundled one, trained in short from the same weights: with chunks of 24 s that share 12 s in the layout "
+    "`streaming`, with chunks that share nothing, and in the layout `published` ([match.md](match.md)).",
 }
 COLUMNS = {
     "event_f1": "F1 of events",
@@ -74,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = [(seed, LONG * args.scale, films / f"{seed}.mp4") for seed in range(args.seed, args.seed + args.matches)]
     with multiprocessing.get_context("spawn").Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
         pool.map(film, tasks)
-    names = args.only or list(CASES)
+    names = args.only or [name for name, (group, _, _) in CASES.items() if group != TRAINING]
 
     def work(number: int) -> None:
         name = names[number]
@@ -101,32 +113,36 @@ def page(args: argparse.Namespace) -> None:
     found = {name: json.loads(path.read_text()) for name in CASES if (path := args.folder / f"{name}.json").exists()}
     if not found:
         sys.exit(f"{args.folder} has no runs: make some with `match_claims.py run`")
-    some = next(iter(found.values()))
     plots = args.page.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
     lines = [
         "# What is claimed about endless streams, measured",
         "",
-        f"Simulated matches ({match_phrase(some)}), which no training has seen ([match.md](match.md) says what the measures are). "
-        "In brackets: 95% intervals of the mean over matches, by the spread between them. Round: its median time on "
-        f"{some.get('device', 'one device')}, all matches as one batch, with other runs beside it. "
-        f"Commit {some['commit'] or 'unknown'}, {some['date']}.",
+        "Simulated matches, which no training has seen ([match.md](match.md) says what the measures are). In brackets: 95% intervals of the mean over "
+        "matches, by the spread between them. Round: its median time, all matches as one batch, with other runs beside it.",
         "",
     ]
     for group in dict.fromkeys(group for group, _, _ in CASES.values()):
         names = [name for name in found if CASES[name][0] == group]
         if not names:
             continue
-        lines += [f"## {group.capitalize()}", "", *table({name: found[name] for name in names}), ""]
-        if any("tenths" in found[name] for name in names):
-            plot({name: found[name] for name in names}, plots / f"{group.replace(' ', '_')}.png")
+        beside = [USUAL] if USUAL in found and USUAL not in names and group != TRAINING else []
+        shown = {name: found[name] for name in [*beside, *names]}
+        note = [NOTES[group], ""] if group in NOTES else []
+        lines += [f"## {group.capitalize()}", "", *note, *table(shown), "", whence(shown.values()), ""]
+        if any("tenths" in each for each in shown.values()):
+            plot(shown, plots / f"{group.replace(' ', '_')}.png")
             lines += [f"![over the match]({plots.name}/{group.replace(' ', '_')}.png)", ""]
     args.page.write_text("\n".join(lines), encoding="utf-8")
 
 
-def match_phrase(record: Mapping[str, Any]) -> str:
-    seeds = record["seeds"]
-    return f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+def whence(records: Iterable[Mapping[str, Any]]) -> str:
+    """Which matches, where, from what commits and when."""
+    each = list(records)
+    seeds = sorted({f"{first} to {last}" for first, *_, last in (2 * record["seeds"] for record in each)})
+    found = {key: sorted({record[key] for record in each if record.get(key)}) for key in ("device", "commit", "date")}
+    parts = [f"Seeds {', '.join(seeds)}", *found["device"], f"commit {', '.join(found['commit']) or 'unknown'}", " and ".join(found["date"])]
+    return "; ".join(parts) + "."
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from svlm_jax.demo.training_data import SETS
-from svlm_jax.training.config import RunConfig
+from svlm_jax.training.config import RunConfig, override
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = "svlm_jax.demo.training_data"
@@ -210,7 +210,7 @@ def main() -> None:
             "command": " ".join(["python", "benchmarks/train_match.py", *sys.argv[1:]]),
             "seconds": {name: round(value, 1) for name, value in spent.items()},
             "steps": {name: len(steps) for name, steps in runs.items()},
-            "rows_a_step": {name: preset_config(name).data.rows for name in runs},
+            "rows_a_step": {name: override(preset_config(name), args.set).data.rows for name in runs},
             "step_ms_median": {name: round(statistics.median(row["step_ms"] for row in steps), 1) for name, steps in runs.items()},
             "mfu_median": {name: statistics.median(row["mfu"] or 0.0 for row in steps) for name, steps in runs.items()},
             "data_wait": {name: steps[-1]["spent"]["data_wait"] for name, steps in runs.items()},
